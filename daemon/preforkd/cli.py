@@ -1,0 +1,117 @@
+"""The command line: ``preforkd serve``, ``check`` and ``settings``."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from preforkd import settings
+from preforkd.exits import Exit
+from preforkd.sources import EXPORTER, Checked, Faults, Value, check, from_environment, from_file, from_pairs
+from preforkd.wakeup import release
+
+SAMPLE_TARGET = "preforkd_workers.samples:Upper"
+SAMPLE_LISTEN = "tcp://127.0.0.1:9999"
+SAMPLE_METRICS = "tcp://127.0.0.1:9109"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    if options.command == "settings":
+        print(settings.reference())  # noqa: T201 - what the command is for
+        return Exit.STOPPED
+    try:
+        checked = _checked(options)
+    except Faults as faults:
+        _complain(faults.lines)
+        return Exit.SETTINGS
+    if not sys.platform.startswith("linux"):
+        _complain(["needs Linux 5.10 or newer, this is " + sys.platform])
+        return Exit.SYSTEM
+    if options.command == "check":
+        from preforkd.check import check_targets
+
+        release(signal.valid_signals())
+        return check_targets(checked)
+    from preforkd.serve import serve
+
+    return serve(checked)
+
+
+def _complain(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"preforkd: {line}", file=sys.stderr)  # noqa: T201 - the log is not open yet
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="preforkd", description="Run a socketserver handler, unmodified, as a production daemon."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="serve|check|settings")
+    serve = commands.add_parser("serve", help="run the services in the foreground, until a signal stops them")
+    checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")
+    commands.add_parser("settings", help="print the reference of all settings")
+    for command in (serve, checked):
+        _add_options(command)
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="module:name or path/to/file.py:name; without it and without -c, a sample",
+    )
+    add("-c", "--config", metavar="FILE", help="settings in TOML, instead of TARGET")
+    add(
+        "--listen",
+        action="append",
+        metavar="URL",
+        default=[],
+        help="tcp://, udp://, unix:, unix-dgram: or fd: (repeatable)",
+    )
+    add("--handler", metavar="NAME", help="the handler of a server class")
+    add("--kind", metavar="KIND", help="kind of worker")
+    add("--max-children", metavar="N", help="workers of each service")
+    add("--metrics", metavar="URL", help="serve Prometheus metrics there")
+    add("--control", metavar="PATH", help="path of the control socket")
+    add("--ready-fd", metavar="N", help="write a newline to this descriptor when ready")
+    add("--set", action="append", metavar="KEY=VALUE", default=[], dest="pairs", help="any other setting (repeatable)")
+
+
+def _checked(options: argparse.Namespace) -> Checked:
+    """The settings of this command line. Raises Faults."""
+    faults: list[str] = []
+    if options.config is not None:
+        if options.target or options.listen:
+            raise Faults(["-c FILE names targets and addresses: give either it, or TARGET and --listen"])
+        name = os.path.basename(options.config).removesuffix(".toml")
+        values, faults = from_file(options.config)
+        own: list[Value] = []
+    else:
+        target = options.target or SAMPLE_TARGET
+        name = service_name(target)
+        values, own = [Value("TARGET", name, "target", target)], []
+        listen = options.listen or ([] if options.target else [SAMPLE_LISTEN])
+        if listen:
+            own.append(Value("--listen", name, "listen", listen))
+        if not options.target:
+            values.append(Value("metrics", None, "metrics", SAMPLE_METRICS))
+    flags = ("handler", "kind", "max_children", "metrics", "control", "ready_fd")
+    given = [(flag, getattr(options, flag)) for flag in flags if getattr(options, flag) is not None]
+    own += [Value(f"--{flag.replace('_', '-')}", None, flag, raw, is_text=True) for flag, raw in given]
+    try:
+        own += from_pairs(options.pairs)
+    except Faults as wrong:
+        faults += wrong.lines
+    return check([*values, *from_environment(os.environ), *own], name, faults)
+
+
+def service_name(target: str) -> str:
+    """What a service given on the command line is called: after its target."""
+    name = target.rpartition(":")[2] or target
+    return target if name == EXPORTER else name

@@ -1,0 +1,294 @@
+"""From an address, as text, to a bound socket."""
+
+import errno
+import grp
+import os
+import pwd
+import socket
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from preforkd_workers.spec import Listener
+
+_SCHEMES = {
+    "tcp": (socket.AF_INET, socket.SOCK_STREAM),
+    "udp": (socket.AF_INET, socket.SOCK_DGRAM),
+    "unix": (socket.AF_UNIX, socket.SOCK_STREAM),
+    "unix-dgram": (socket.AF_UNIX, socket.SOCK_DGRAM),
+    "fd": None,
+}
+_OPTIONS = {"tcp": ("v6only",), "udp": ("v6only",), "unix": ("mode", "user", "group"), "fd": ()}
+_EXAMPLE = {
+    "tcp": "tcp://127.0.0.1:9999",
+    "udp": "udp://127.0.0.1:9999",
+    "unix": "unix:/run/x.sock",
+    "unix-dgram": "unix-dgram:/run/x.sock",
+    "fd": "fd:3",
+}
+_LONGEST_PATH = 107  # bytes, unix(7): sun_path less its terminating NUL
+
+
+class AddressError(ValueError):
+    """This text is no address; the message says what is wanted."""
+
+
+class ListenError(Exception):
+    """The system refused to bind; the message says which address, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen, understood but not resolved.
+
+    ``place`` is what a second listener cannot have as well, or None when any number can (port 0).
+    """
+
+    url: str
+    scheme: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    number: int = -1
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, object] | None:
+        if self.scheme == "fd":
+            return "fd", self.number
+        if self.scheme in ("tcp", "udp"):
+            return (self.scheme, (self.host, self.port)) if self.port else None
+        return "unix", self.path
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How to bind: the settings of a service that concern its listeners."""
+
+    request_queue_size: int = 1024
+    allow_reuse_address: bool = True
+    allow_reuse_port: bool = False
+
+
+@dataclass
+class Bound:
+    """A listener of ours, with what we must remove at the end."""
+
+    listener: Listener
+    path: str = ""
+    inode: tuple[int, int] = (0, 0)
+
+    def close(self) -> None:
+        """Close it, and remove its socket file if that is still the one that we made."""
+        self.listener.socket.close()
+        with suppress(FileNotFoundError):
+            if self.path and _inode(self.path) == self.inode:
+                os.unlink(self.path)
+
+
+def parse(url: str) -> Address:
+    """Understand ``tcp://host:port``, ``udp://…``, ``unix:path``, ``unix:@name``, ``unix-dgram:…`` or ``fd:number``.
+
+    Raises AddressError.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise AddressError(f"{url}: {error}") from None
+    scheme = parts.scheme
+    if scheme not in _SCHEMES:
+        close = get_close_matches(scheme, _SCHEMES, 1)
+        raise AddressError(
+            f"{url}: " + (f"did you mean {close[0]}:?" if close else f"want one of {', '.join(_SCHEMES)}")
+        )
+    options = _options(url, scheme, parts.query)
+    wanted = AddressError(f"{url}: want {_EXAMPLE[scheme]}")
+    if scheme == "fd":
+        if not parts.path.isdecimal():
+            raise wanted
+        return Address(url, scheme, number=int(parts.path))
+    if scheme in ("tcp", "udp"):
+        if not host or port is None or parts.path:
+            raise wanted
+        return Address(url, scheme, host, port, options=options)
+    if not parts.path or parts.netloc:
+        raise wanted
+    if len(os.fsencode(parts.path)) > _LONGEST_PATH:
+        raise AddressError(f"{url}: the path is longer than {_LONGEST_PATH} bytes (unix(7))")
+    return Address(url, scheme, path=parts.path, options=options)
+
+
+def _options(url: str, scheme: str, query: str) -> dict[str, str]:
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    known = _OPTIONS[scheme.removesuffix("-dgram")]
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            raise AddressError(f"{url}: unknown option {name!r}" + (f"; did you mean {close[0]}?" if close else ""))
+    if not set(options.get("mode", "0")) <= set("01234567"):
+        raise AddressError(f"{url}: mode is octal, such as 0660")
+    if options.get("v6only", "0") not in ("0", "1"):
+        raise AddressError(f"{url}: v6only is 0 or 1")
+    return options
+
+
+def bind(address: Address, rules: Rules) -> Bound:
+    """Open the listener. A stale socket file is replaced, a live one and any other file are left alone.
+
+    Raises ListenError.
+    """
+    try:
+        if address.scheme == "fd":
+            return Bound(_inherited(address, rules))
+        made = _unix(address) if address.path else Bound(_inet(address, rules))
+        return Bound(_listening(made.listener.socket, rules), made.path, made.inode)
+    except OSError as error:
+        raise ListenError(f"{address.url}: {_explain(error, address)}") from error
+
+
+def unbound(address: Address) -> Listener:
+    """A socket of the family and type that the address has, for trying a target without binding.
+
+    Raises ListenError when there is no such host or descriptor.
+    """
+    try:
+        if address.scheme == "fd":
+            return Listener(address.url, socket.socket(fileno=os.dup(address.number)))
+        family, kind = _SCHEMES[address.scheme] or (0, 0)
+        if not address.path:
+            family, _ = _resolve(address)
+        return Listener(address.url, socket.socket(family, kind))
+    except OSError as error:
+        raise ListenError(f"{address.url}: {_explain(error, address)}") from error
+
+
+def _resolve(address: Address) -> tuple[int, tuple[Any, ...]]:
+    """The family and the socket address of a host and port. Raises OSError when there is no such host."""
+    _, kind = _SCHEMES[address.scheme] or (0, 0)
+    family, _, _, _, sockaddr = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)[0]
+    return family, sockaddr
+
+
+def _inet(address: Address, rules: Rules) -> Listener:
+    _, kind = _SCHEMES[address.scheme] or (0, 0)
+    family, sockaddr = _resolve(address)
+    made = socket.socket(family, kind)
+    try:
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address.options.get("v6only", "0")))
+        if rules.allow_reuse_address and kind == socket.SOCK_STREAM:  # on UDP it would let a second one in (socket(7))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if rules.allow_reuse_port:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        made.bind(sockaddr)
+    except BaseException:
+        made.close()
+        raise
+    return Listener("", made)
+
+
+def _unix(address: Address) -> Bound:
+    family, kind = _SCHEMES[address.scheme] or (0, 0)
+    made = socket.socket(family, kind)
+    try:
+        if address.path.startswith("@"):
+            made.bind("\0" + address.path[1:])
+            return Bound(Listener("", made))
+        _remove_stale(address.path, kind)
+        mode = int(address.options.get("mode", "0666"), 8)
+        before = os.umask(0o777 & ~mode)
+        try:
+            made.bind(address.path)
+        finally:
+            os.umask(before)
+        path = os.path.abspath(address.path)
+        if "user" in address.options or "group" in address.options:
+            os.chown(path, _user(address.options.get("user")), _group(address.options.get("group")))
+        return Bound(Listener("", made), path, _inode(path))
+    except BaseException:
+        made.close()
+        raise
+
+
+def _remove_stale(path: str, kind: int) -> None:
+    """Remove the file of a socket on which nobody accepts any more. Raises OSError when it is anything else."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(errno.EEXIST, "a file that is no socket is there; remove it or choose another path")
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        outcome = probe.connect_ex(path)
+    if outcome != errno.ECONNREFUSED:
+        raise OSError(errno.EADDRINUSE, "address in use: another process listens there")
+    os.unlink(path)
+
+
+def _inherited(address: Address, rules: Rules) -> Listener:
+    """A listener that whoever started us has opened; its family and type are asked from the kernel."""
+    if not stat.S_ISSOCK(os.fstat(address.number).st_mode):
+        raise OSError(errno.ENOTSOCK, "is no socket; have whoever starts this pass a listening one")
+    os.set_inheritable(address.number, False)
+    return _listening(socket.socket(fileno=address.number), rules)
+
+
+def _listening(made: socket.socket, rules: Rules) -> Listener:
+    """Ready for the lanes: a stream socket listens and does not wait, a datagram socket stays in blocking mode."""
+    if made.type == socket.SOCK_STREAM:
+        made.listen(rules.request_queue_size)
+        made.setblocking(False)
+    return Listener(url_of(made), made)
+
+
+def url_of(bound: socket.socket) -> str:
+    """The address that a socket is bound to, as this module writes it."""
+    name = bound.getsockname()
+    kind = bound.type
+    if bound.family == socket.AF_UNIX:
+        path = os.fsdecode(name)
+        return f"{'unix' if kind == socket.SOCK_STREAM else 'unix-dgram'}:{path.replace(chr(0), '@', 1)}"
+    host = f"[{name[0]}]" if bound.family == socket.AF_INET6 else name[0]
+    return f"{'tcp' if kind == socket.SOCK_STREAM else 'udp'}://{host}:{name[1]}"
+
+
+def _inode(path: str) -> tuple[int, int]:
+    found = os.stat(path, follow_symlinks=False)
+    return found.st_dev, found.st_ino
+
+
+def _user(name: str | None) -> int:
+    try:
+        return -1 if name is None else int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise OSError(errno.EINVAL, f"there is no user {name!r}") from None
+
+
+def _group(name: str | None) -> int:
+    try:
+        return -1 if name is None else int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise OSError(errno.EINVAL, f"there is no group {name!r}") from None
+
+
+def _explain(error: OSError, address: Address) -> str:
+    """What to do about a refusal, where the system's words do not say it."""
+    match error.errno:
+        case errno.EADDRINUSE if not address.path:
+            return "address in use: stop whoever listens there, or choose another port"
+        case errno.EACCES if 0 < address.port < 1024:
+            return "permission denied: a port below 1024 needs root, CAP_NET_BIND_SERVICE, or a socket passed as fd:N"
+        case errno.EADDRNOTAVAIL:
+            return "this machine has no such address"
+        case errno.EBADF:
+            return "no such descriptor is open; have whoever starts this pass it"
+        case errno.ENOENT:
+            return f"no such directory: {os.path.dirname(os.path.abspath(address.path))}"
+    return error.strerror or str(error)

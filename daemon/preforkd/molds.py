@@ -1,0 +1,80 @@
+"""The master's side of a mold: fork it, ask it for workers, hear what it says."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from time import monotonic
+
+from preforkd import limits
+from preforkd.wakeup import held
+from preforkd_workers import protocol
+from preforkd_workers.protocol import Message
+from preforkd_workers.spec import Spec
+
+
+class Mold:
+    """One mold, from its fork to its end."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.ready = False
+        self.born = monotonic()
+        self.cause: str | None = None  # why it was killed, if it was
+        self.is_mute = False  # its end of the channel is closed
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.channel.setblocking(False)
+            try:
+                with held(signal.valid_signals()):
+                    self.pid = os.fork()
+                    if self.pid == 0:
+                        _become_mold(spec, theirs)
+            except OSError:
+                self.channel.close()
+                raise
+
+    def ask(self, serial: int, slot: int, end: socket.socket) -> None:
+        """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""
+        protocol.send(self.channel, {"serial": serial, "slot": slot}, [end.fileno()])
+
+    def hear(self) -> Iterator[Message]:
+        """What the mold has said since the last time. Ends for good when its end of the channel is closed."""
+        with suppress(BlockingIOError):
+            while not self.is_mute:
+                message, _ = protocol.receive(self.channel)
+                if message is None:
+                    self.is_mute = True
+                else:
+                    yield message
+
+    def kill(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def close(self) -> None:
+        """Hang up: the mold leaves."""
+        self.channel.close()
+
+
+def _become_mold(spec: Spec, channel: socket.socket) -> None:
+    """In the child: let go of all that is the master's, and never come back."""
+    try:
+        keep = {0, 1, 2, channel.fileno(), spec.scoreboard.fd, *(each.socket.fileno() for each in spec.listeners)}
+        _close_all_but(keep)
+        limits.restore()
+        channel.setblocking(True)
+        from preforkd_workers import mold  # here and not above: the master does without socketserver
+
+        mold.run(spec, channel)
+    finally:
+        os._exit(1)
+
+
+def _close_all_but(keep: Iterable[int]) -> None:
+    """Close every descriptor of this process but these: listeners of others, lifelines, the selector's epoll."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number not in keep:
+            with suppress(OSError):
+                os.close(number)

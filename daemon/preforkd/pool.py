@@ -1,0 +1,305 @@
+"""A service's pool: keeps as many workers as are wanted, by taking the steps of ``plan``.
+
+It does not know how workers are made, only whom to ask (``Nursery``): a mold in the daemon, a fork in the library.
+"""
+
+import json
+import os
+import selectors
+import signal
+import socket
+from contextlib import suppress
+from itertools import count
+from time import monotonic
+from typing import Protocol
+
+from preforkd import log
+from preforkd.children import Child
+from preforkd.plan import (
+    EndOfFile,
+    Haste,
+    Kill,
+    Retire,
+    Spawn,
+    State,
+    Timeouts,
+    Wanted,
+    is_failed_start,
+    pause,
+    plan,
+    wake_at,
+)
+from preforkd_workers.process import DRAIN, END_OF_FILE, STACKS
+from preforkd_workers.protocol import FAILED, NOTICE, READY, SHUTDOWN
+from preforkd_workers.scoreboard import (
+    CAUSES,
+    EXITS,
+    GENERATION,
+    KILLED,
+    REAPED_CPU_NS,
+    ROWS_USED,
+    SIZE,
+    SPAWNS,
+    Service,
+)
+
+
+class Nursery(Protocol):
+    """Where workers come from."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker can be asked for now."""
+        ...
+
+    def spawn(self, child: Child, end: socket.socket) -> int | None:
+        """Ask for a worker that keeps ``end`` as its end of the lifeline.
+
+        Returns its pid, or None when ``spawned`` will tell it. Raises OSError when it cannot be had.
+        """
+        ...
+
+
+class Pool:
+    """The children of one service, by slot."""
+
+    def __init__(
+        self, name: str, selector: selectors.BaseSelector, board: Service, nursery: Nursery, timeouts: Timeouts
+    ) -> None:
+        self.name = name
+        self.selector = selector
+        self.board = board
+        self.nursery = nursery
+        self.timeouts = timeouts
+        self.size = 0
+        self.haste = Haste.NONE
+        self.generation = 1
+        self.children: dict[int, Child] = {}
+        self.serials = count(1)
+        self.failed_starts: dict[int, int] = {}
+        self.not_before: dict[int, float] = {}
+        self.shutdown_asked = False
+        self.boot_failure: str | None = None
+
+    # What is wanted.
+
+    def resize(self, size: int) -> None:
+        self.size = size
+        words = self.board.words
+        words[GENERATION], words[SIZE] = self.generation, size
+        words[ROWS_USED] = max(words[ROWS_USED], size)
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.size, self.nursery.ready, self.haste)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot has a worker that is ready."""
+        return sum(child.state is State.READY for child in self.children.values()) == self.size
+
+    def wake_at(self) -> float:
+        return wake_at(self.wanted, [*self.children.values()], self.timeouts, self.not_before)
+
+    # What is done about it.
+
+    def settle(self) -> None:
+        """Take the steps that are due."""
+        for step in plan(monotonic(), self.wanted, [*self.children.values()], self.timeouts, self.not_before):
+            match step:
+                case Spawn(slot):
+                    self._spawn(slot)
+                case Retire(Child() as child):
+                    child.enter(State.DRAINING)
+                    child.hang_up()
+                    child.send(DRAIN)
+                case EndOfFile(Child() as child):
+                    child.enter(State.HALF_CLOSED)
+                    child.send(END_OF_FILE)
+                    self._log("end_of_file", child)
+                case Kill(Child() as child, cause):
+                    self._kill(child, cause)
+
+    def _spawn(self, slot: int) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        child = self.children[slot] = Child(next(self.serials), slot, self.generation, self.board.row(slot), ours)
+        with theirs:
+            try:
+                pid = self.nursery.spawn(child, theirs)
+            except OSError as error:
+                return self.refused(child.serial, error.strerror or str(error))
+        self.board.words[SPAWNS] += 1
+        self.selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
+        if pid is not None:
+            self.spawned(child.serial, pid)
+        return None
+
+    def _is_on_the_books(self, child: Child) -> bool:
+        """Whether the child is still ours: what a selector reports at a time may concern one that was just buried."""
+        return self.children.get(child.slot) is child
+
+    def _by_serial(self, serial: int) -> Child | None:
+        return next((child for child in self.children.values() if child.serial == serial), None)
+
+    def spawned(self, serial: int, pid: int) -> None:
+        """This child has this pid. It may be dead already, but it is not reaped before it is known."""
+        child = self._by_serial(serial)
+        if child is None or child.pid is not None:
+            return
+        child.pid = pid
+        with suppress(ProcessLookupError):
+            child.pidfd = os.pidfd_open(pid)
+            self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.bury(child))
+        if child.state is State.DRAINING:  # told before anybody knew its pid
+            child.send(DRAIN)
+
+    def refused(self, serial: int, reason: str) -> None:
+        """The system would not fork this child: try again later."""
+        child = self._by_serial(serial)
+        if child is None or child.pid is not None:
+            return
+        self._forget(child)
+        self._hold_back(child.slot)
+        seconds = round(self.not_before[child.slot] - monotonic(), 1)
+        advice = "check RLIMIT_NPROC (ulimit -u), the cgroup's pids.max, and memory"
+        self._log("spawn_refused", child, reason=reason, retry_in=f"{seconds}s", advice=advice)
+
+    def _kill(self, child: Child, cause: str) -> None:
+        """First a signal that leaves the stacks (faulthandler), then the one that nothing withstands."""
+        number = signal.SIGKILL if child.state is State.KILLED else signal.SIGABRT
+        self._log("kill", child, cause=cause, signal=number.name, busy=child.busy)
+        child.cause = child.cause or cause
+        child.enter(State.KILLED)
+        child.send(number)
+        if child.pid is None:  # not forked yet, and when it is, it finds that we have hung up
+            self._bury(child, None)
+
+    def dump(self) -> None:
+        """Have every worker write its stacks to the log."""
+        for child in self.children.values():
+            self._log("lane", child, state=child.state.value, busy=child.busy, requests=child.requests)
+            if child.state is not State.BOOTING:
+                child.send(STACKS)
+
+    # What the children say, and how they end.
+
+    def _hear(self, child: Child) -> None:
+        if not self._is_on_the_books(child):
+            return None
+        try:
+            lines = child.hear()
+        except BlockingIOError:
+            return None
+        except EOFError:
+            self.selector.unregister(child.lifeline)
+            child.is_mute = True
+            return self.bury_unknown()
+        for line in lines:
+            self._heard(child, line)
+        return None
+
+    def _heard(self, child: Child, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        if child.failure is not None:
+            child.failure.append(line)
+        elif word == READY:
+            self.spawned(child.serial, int(rest))
+            if child.state is State.BOOTING:
+                child.enter(State.READY)
+                self._log("worker_ready", child)
+        elif word == FAILED:
+            child.failure = []
+        elif word == NOTICE:
+            event, fields = json.loads(rest)
+            self._log(event, child, **fields)
+        elif word == SHUTDOWN:
+            self.shutdown_asked = True
+        elif line:
+            log.text(f"{self.name}#{child.slot}", line)
+
+    def reap(self, pid: int) -> bool:
+        """Collect the exit status of this pid, if it is a child of the pool. Whether it was."""
+        child = next((each for each in self.children.values() if each.pid == pid), None)
+        if child is not None:
+            self.bury(child)
+        return child is not None
+
+    def bury(self, child: Child) -> None:
+        """Collect the exit status of a child that may have died. Harmless when it has not, or not as our child yet."""
+        if child.pid is None or not self._is_on_the_books(child):
+            return None
+        try:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+        except ChildProcessError:
+            if os.path.exists(f"/proc/{child.pid}"):
+                return None  # still the middle process's; it is ours as soon as that has exited
+            return self._bury(child, None)  # somebody else has reaped it
+        if pid:
+            self.board.words[REAPED_CPU_NS] += int((usage.ru_utime + usage.ru_stime) * 1e9)
+            self._bury(child, os.waitstatus_to_exitcode(status))
+        return None
+
+    def bury_unknown(self) -> None:
+        """Take those off the books who died before anybody could tell their pid, once nobody can tell it any more."""
+        if not self.nursery.ready:
+            for child in [each for each in self.children.values() if each.is_mute and each.pid is None]:
+                self._bury(child, None)
+
+    def _bury(self, child: Child, status: int | None) -> None:
+        """Take a dead child off the books: ``status`` is negative for a signal, None when it was never known."""
+        self._hear_last_words(child)
+        self._forget(child)
+        words = self.board.words
+        killed = self.board.settle_row(child.slot)
+        words[KILLED] += killed
+        cause = _cause(child, status)
+        words[EXITS + CAUSES.index(cause)] += 1
+        age = monotonic() - child.born
+        how = {"status": status} if status is None or status >= 0 else {"signal": signal.Signals(-status).name}
+        self._log(
+            "worker_exit", child, cause=cause, **how, requests=child.requests, lost=killed or None, age=f"{age:.1f}s"
+        )
+        if child.failure is not None:
+            self.boot_failure = "\n".join(child.failure).rstrip()
+        elif cause == "boot":
+            self.boot_failure = f"a worker {'exited' if status is None else _how(status)} before it was ready"
+        if cause in ("boot", "crash") and (cause == "boot" or is_failed_start(age, child.requests)):
+            self._hold_back(child.slot)
+        else:
+            self.failed_starts.pop(child.slot, None)
+            self.not_before.pop(child.slot, None)
+
+    def _hear_last_words(self, child: Child) -> None:
+        with suppress(EOFError, BlockingIOError):
+            while True:
+                for line in child.hear():
+                    self._heard(child, line)
+
+    def _hold_back(self, slot: int) -> None:
+        self.failed_starts[slot] = self.failed_starts.get(slot, 0) + 1
+        self.not_before[slot] = monotonic() + pause(self.failed_starts[slot])
+
+    def _forget(self, child: Child) -> None:
+        for descriptor in (child.lifeline.fileno(), child.pidfd):
+            if descriptor >= 0 and descriptor in self.selector.get_map():
+                self.selector.unregister(descriptor)
+        child.close()
+        del self.children[child.slot]
+
+    def _log(self, event: str, child: Child, **fields: object) -> None:
+        log.event(event, service=self.name, slot=child.slot, gen=child.generation, pid=child.pid, **fields)
+
+
+def _cause(child: Child, status: int | None) -> str:
+    """Why a child has left, in the words of CAUSES."""
+    if child.cause is not None:
+        return child.cause
+    if child.state is State.BOOTING:
+        return "boot"
+    told = child.state in (State.DRAINING, State.HALF_CLOSED)
+    return "drained" if status == 0 or (told and status == -DRAIN) else "crash"
+
+
+def _how(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"

@@ -1,0 +1,63 @@
+"""From checked settings to a running master: bind, lay out the scoreboard, serve, and tidy up."""
+
+import selectors
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from preforkd import log, settings
+from preforkd.exits import Exit
+from preforkd.limits import use_all_descriptors
+from preforkd.listeners import Bound, ListenError, Rules, bind
+from preforkd.master import SIGNALS, Master
+from preforkd.service import Service, section
+from preforkd.sources import EXPORTER, Checked
+from preforkd.wakeup import release
+from preforkd_workers.scoreboard import Scoreboard
+
+EXPORTER_SERVICE = settings.Service(
+    target="preforkd.exporter:Exporter", max_children=1, graceful_timeout=1.0, eof_timeout=1.0
+)
+
+
+def serve(checked: Checked) -> Exit:
+    """Serve until stopped. Call with the master's signals held, so that none is lost before the loop runs."""
+    name = checked.settings.name
+    wanted = dict(checked.settings.services)
+    if checked.settings.metrics:
+        wanted[EXPORTER] = EXPORTER_SERVICE
+    with ExitStack() as tidy:
+        bound, refusals = _bind(checked, wanted, tidy)
+        for refusal in refusals:
+            log.event("cannot_listen", reason=refusal)
+        if refusals:
+            return Exit.SYSTEM
+        board = Scoreboard.create(name, [section(each, wanted[each], bound[each]) for each in wanted])
+        selector = tidy.enter_context(selectors.DefaultSelector())
+        use_all_descriptors()
+        services = {each: Service(each, wanted[each], bound[each], board, selector) for each in wanted}
+        exporter = services.pop(EXPORTER, None)
+        master = Master(name, [*services.values()], exporter, board, selector, checked.settings.ready_fd)
+        for service in master.everyone:
+            for each in service.listeners:
+                log.event("listening", service=service.name, url=each.listener.url)
+        release(SIGNALS)
+        return master.serve_forever()
+
+
+def _bind(
+    checked: Checked, wanted: Mapping[str, settings.Service], tidy: ExitStack
+) -> tuple[dict[str, list[Bound]], list[str]]:
+    """Every listener by service, and what the system refused."""
+    bound: dict[str, list[Bound]] = {name: [] for name in wanted}
+    refusals = []
+    for name, service in wanted.items():
+        rules = Rules(service.request_queue_size, service.allow_reuse_address, service.allow_reuse_port)
+        for address in checked.addresses[name]:
+            try:
+                made = bind(address, rules)
+            except ListenError as refusal:
+                refusals.append(f"services.{name}.listen: {refusal}")
+                continue
+            tidy.callback(made.close)
+            bound[name].append(made)
+    return bound, refusals

@@ -1,0 +1,212 @@
+"""The master's record of a service: settings, listeners, the mold, and the pool that is forked from it."""
+
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from time import monotonic
+
+from preforkd import log, settings
+from preforkd.backlog import sample
+from preforkd.children import Child
+from preforkd.listeners import Bound
+from preforkd.molds import Mold
+from preforkd.plan import Timeouts, pause
+from preforkd.pool import Pool
+from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard, Section
+from preforkd_workers.spec import Spec
+
+
+def section(name: str, wanted: settings.Service, listeners: Sequence[Bound]) -> Section:
+    """The service's part of a scoreboard, with room for TTIN to double the pool."""
+    urls = tuple(bound.listener.url for bound in listeners)
+    return Section(name, wanted.kind, urls, 2 * wanted.max_children + 8)
+
+
+def spec_of(
+    name: str,
+    wanted: settings.Service,
+    listeners: Sequence[Bound],
+    board: Scoreboard,
+    *,
+    generation: int = 1,
+    preload: bool,
+) -> Spec:
+    """What a mold is told of the service."""
+    return Spec(
+        service=name,
+        generation=generation,
+        target=wanted.target,
+        handler=wanted.handler or None,
+        listeners=tuple(bound.listener for bound in listeners),
+        preload=preload,
+        max_packet_size=wanted.max_packet_size,
+        graceful_timeout=wanted.graceful_timeout,
+        eof_timeout=wanted.eof_timeout,
+        scoreboard=board,
+        master=os.getpid(),
+    )
+
+
+class Service:
+    """One service. It is the nursery of its own pool: workers come from its mold."""
+
+    def __init__(
+        self,
+        name: str,
+        wanted: settings.Service,
+        listeners: Sequence[Bound],
+        board: Scoreboard,
+        selector: selectors.BaseSelector,
+    ) -> None:
+        self.name = name
+        self.settings = wanted
+        self.listeners = listeners
+        self.board = board.services[name]
+        self.selector = selector
+        self.mold: Mold | None = None
+        self.failed_molds = 0
+        self.mold_not_before = 0.0
+        self.leaving: set[int] = set()  # pids of molds that were let go and are to be reaped
+        self.boot_failure: str | None = None
+        timeouts = Timeouts(wanted.boot_timeout, wanted.graceful_timeout, wanted.eof_timeout)
+        self.pool = Pool(name, selector, self.board, self, timeouts)
+        self.spec = spec_of(name, wanted, listeners, board, generation=self.pool.generation, preload=wanted.preload)
+        self.pool.resize(wanted.max_children)
+
+    # The nursery of the pool.
+
+    @property
+    def ready(self) -> bool:
+        return self.mold is not None and self.mold.ready
+
+    def spawn(self, child: Child, end: socket.socket) -> int | None:
+        assert self.mold is not None
+        self.mold.ask(child.serial, child.slot, end)
+        return None
+
+    # The mold.
+
+    def settle(self) -> None:
+        """Have a mold if workers are wanted, kill one that boots for too long, and settle the pool."""
+        if self.mold is None:
+            if self.pool.size and monotonic() >= self.mold_not_before:
+                self._fork_mold()
+        elif not self.mold.ready and self.mold.cause is None and monotonic() >= self._mold_deadline(self.mold):
+            self.mold.cause = "boot"
+            self.boot_failure = f"the import of {self.spec.target} took longer than boot_timeout; see its stack above"
+            self._log("kill", self.mold, cause="boot", signal="SIGABRT")
+            self.mold.kill(signal.SIGABRT)
+        self.pool.settle()
+
+    def wake_at(self) -> float:
+        if self.mold is None:
+            return min(self.pool.wake_at(), self.mold_not_before if self.pool.size else float("inf"))
+        if not self.mold.ready and self.mold.cause is None:
+            return min(self.pool.wake_at(), self._mold_deadline(self.mold))
+        return self.pool.wake_at()
+
+    def _mold_deadline(self, mold: Mold) -> float:
+        return mold.born + self.settings.boot_timeout
+
+    def _fork_mold(self) -> None:
+        try:
+            self.mold = Mold(self.spec)
+        except OSError as error:
+            self._hold_back(failed=True)
+            log.event(
+                "mold_refused", service=self.name, reason=error.strerror, retry_in=f"{pause(self.failed_molds):.1f}s"
+            )
+            return
+        self.selector.register(self.mold.channel, selectors.EVENT_READ, self.hear_mold)
+
+    def hear_mold(self) -> None:
+        """Act on what the mold has said. Its end is told by its death, not by the end of the channel."""
+        mold = self.mold
+        if mold is None:
+            return
+        for message in mold.hear():
+            match message:
+                case {"is": "ready", "kind": kind}:
+                    mold.ready = True
+                    self._log("mold_ready", mold, kind=kind, seconds=round(monotonic() - mold.born, 3))
+                case {"is": "failed", "error": error}:
+                    self.boot_failure = error
+                case {"is": "spawned", "serial": serial, "pid": pid}:
+                    self.pool.spawned(serial, pid)
+                case {"is": "refused", "serial": serial, "error": error}:
+                    self.pool.refused(serial, error)
+                case {"is": "notice", "event": event, "fields": fields}:
+                    self._log(event, mold, **fields)
+        if mold.is_mute and mold.channel in self.selector.get_map():
+            self.selector.unregister(mold.channel)
+
+    def reap(self, pid: int) -> bool:
+        """Collect the exit status of this pid, if it is one of the service's own. Whether it was."""
+        if self.mold is not None and self.mold.pid == pid:
+            self._mold_died(self.mold, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        elif pid in self.leaving:
+            os.waitpid(pid, 0)
+            self.leaving.remove(pid)
+        else:
+            return self.pool.reap(pid)
+        return True
+
+    def _mold_died(self, mold: Mold, exitcode: int) -> None:
+        """The mold's workers live on; it is replaced if more may be wanted."""
+        self._let_go_of(mold)
+        self.pool.bury_unknown()
+        if self.pool.size:
+            how = f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"status {exitcode}"
+            if not mold.ready and self.boot_failure is None:
+                self.boot_failure = f"{self.spec.target}: the import ended the process ({how})"
+            self._hold_back(failed=not mold.ready)
+            self._log("mold_exit", mold, how=how, retry_in=f"{max(0.0, self.mold_not_before - monotonic()):.1f}s")
+
+    def _let_go_of(self, mold: Mold) -> None:
+        if mold.channel in self.selector.get_map():
+            self.selector.unregister(mold.channel)
+        mold.close()
+        self.mold = None
+
+    def stop(self) -> None:
+        """Want no workers any more, and so no mold. It holds nothing: killing it is the surest."""
+        self.pool.size = 0
+        if self.mold is not None:
+            self.mold.kill(signal.SIGKILL)
+            self.leaving.add(self.mold.pid)
+            self._let_go_of(self.mold)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the master stays for the service's processes."""
+        return bool(self.leaving) or (self.settings.block_on_close and bool(self.pool.children))
+
+    @property
+    def failure(self) -> str | None:
+        """Why the target could not be started, if so."""
+        return self.boot_failure or self.pool.boot_failure
+
+    def _hold_back(self, *, failed: bool) -> None:
+        """Fork the next mold at once when this one had worked, later and later when it had not."""
+        self.failed_molds = self.failed_molds + 1 if failed else 0
+        self.mold_not_before = monotonic() + pause(self.failed_molds)
+
+    # What the master shows.
+
+    def sample_listeners(self) -> None:
+        """Write what waits at each listener to the scoreboard."""
+        for index, bound in enumerate(self.listeners):
+            words = self.board.listener(index)
+            with suppress(OSError):  # a kernel that does not tell leaves zeros
+                words[BACKLOG], words[BACKLOG_LIMIT], words[DROPS] = sample(bound.listener.socket)
+
+    def dump(self) -> None:
+        """Write the state of every lane, and all stacks, to the log."""
+        log.event("service", service=self.name, workers=self.pool.size, mold=self.mold and self.mold.pid)
+        self.pool.dump()
+
+    def _log(self, event: str, mold: Mold, **fields: object) -> None:
+        log.event(event, service=self.name, gen=self.spec.generation, pid=mold.pid, **fields)

@@ -1,0 +1,188 @@
+"""Where settings come from: file, environment and command line, laid over each other and checked as a whole.
+
+A value keeps the name of the place it came from, so that a fault can say where to mend it; and checking goes on after
+the first fault, so that all are said at once.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from preforkd.listeners import Address, AddressError, parse
+from preforkd.settings import DAEMON, SERVICE, Service, Settings
+
+ENVIRONMENT = "PREFORKD_"
+EXPORTER = "metrics"  # the service of the exporter; no other may have the name
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value and its origin. ``service``: of which one; None: of the daemon, or else of every service."""
+
+    where: str
+    service: str | None
+    key: str
+    raw: object
+    is_text: bool = False  # from a place where everything is text
+
+
+class Faults(Exception):
+    """Everything that is wrong with the settings, a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Settings without a fault, and their addresses understood."""
+
+    settings: Settings
+    addresses: Mapping[str, Sequence[Address]]  # by service, the exporter's included
+
+
+def from_file(path: str) -> tuple[list[Value], list[str]]:
+    """The values in a TOML file, and the faults of its shape. Raises Faults when it cannot be read at all."""
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise Faults([f"{path}: {error.strerror}"]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Faults([f"{path}: {error}"]) from None
+    services = table.pop("services", {})
+    values, faults = [Value(key, None, key, raw) for key, raw in table.items()], []
+    if not isinstance(services, dict):
+        return values, ["services: want a table for each, [services.NAME]"]
+    for name, service in services.items():
+        if isinstance(service, dict):
+            values += [Value(f"services.{name}.{key}", name, key, raw) for key, raw in service.items()]
+        if not isinstance(service, dict) or not service:
+            faults.append(f"services.{name}: want a table with a target and a listen, not {service!r}")
+    return values, faults
+
+
+def from_environment(environment: Mapping[str, str]) -> list[Value]:
+    """``PREFORKD_KEY`` and ``PREFORKD_SERVICES__NAME__KEY``. A service's key without a name is for every service."""
+    return [
+        _from_path(variable, variable.removeprefix(ENVIRONMENT).lower().split("__"), raw)
+        for variable, raw in sorted(environment.items())
+        if variable.startswith(ENVIRONMENT)
+    ]
+
+
+def from_pairs(pairs: Sequence[str]) -> list[Value]:
+    """``KEY=VALUE`` and ``services.NAME.KEY=VALUE``, as ``--set`` takes them. Raises Faults on other shapes."""
+    if wrong := [f"--set {pair}: want KEY=VALUE" for pair in pairs if not pair.partition("=")[1]]:
+        raise Faults(wrong)
+    parts = [pair.partition("=") for pair in pairs]
+    return [_from_path(f"--set {path}", path.split("."), raw) for path, _, raw in parts]
+
+
+def _from_path(where: str, path: list[str], raw: str) -> Value:
+    match path:
+        case ["services", service, key]:
+            return Value(where, service, key, raw, is_text=True)
+    return Value(where, None, ".".join(path), raw, is_text=True)
+
+
+def check(values: Sequence[Value], name: str, faults: Sequence[str] = ()) -> Checked:
+    """Lay the values over each other, the later over the earlier, and check everything.
+
+    ``name`` is the daemon's unless a value says otherwise; ``faults`` are those found so far.
+    Raises Faults with all there are.
+    """
+    laid = _Layers(name, faults)
+    # Text names a service, but does not make one: that is for the file, or for the target on the command line.
+    laid.services = {value.service: {} for value in values if value.service is not None and not value.is_text}
+    for value in values:
+        laid.lay(value)
+    return laid.finish()
+
+
+class _Layers:
+    """The values that have won so far, where they came from, and the faults."""
+
+    def __init__(self, name: str, faults: Sequence[str]) -> None:
+        self.faults = list(faults)
+        self.daemon: dict[str, Any] = {"name": name}
+        self.services: dict[str, dict[str, Any]] = {}
+        self.origins: dict[tuple[str, str], str] = {}
+
+    def lay(self, value: Value) -> None:
+        """Let a value take the place of what a layer below has said."""
+        if value.service is not None and value.service not in self.services:
+            return self._fault(value.where, _unknown("service", value.service, self.services))
+        is_daemons = value.service is None and value.key in DAEMON
+        if not is_daemons and value.key not in SERVICE:
+            known = SERVICE if value.service else DAEMON
+            return self._fault(value.where, _unknown("setting", value.key, known))
+        if not is_daemons and value.service is None and not value.is_text:
+            return self._fault(value.where, f"is a setting of a service: [services.NAME] {value.key} = …")
+        setting = DAEMON[value.key] if is_daemons else SERVICE[value.key]
+        try:
+            converted = setting.convert(value.raw, is_text=value.is_text)
+        except ValueError as error:
+            return self._fault(value.where, str(error))
+        if is_daemons:
+            self.daemon[value.key] = converted
+            return None
+        for service in [value.service] if value.service else self.services:
+            self.services[service][value.key] = converted
+            self.origins[service, value.key] = value.where
+        return None
+
+    def finish(self) -> Checked:
+        """Check what concerns several values, and make the settings."""
+        if not self.services and not self.faults:
+            self._fault("services", "none; want a table [services.NAME] for each")
+        for service, values in self.services.items():
+            if service == EXPORTER:
+                self._fault(f"services.{service}", "the name is the exporter's; choose another")
+            if "target" not in values:
+                self._fault(f"services.{service}.target", "required: what to serve, as module:name")
+            if not values.get("listen"):
+                self._fault(self._origin(service, "listen"), "at least one address, such as tcp://127.0.0.1:9999")
+        addresses = self._addresses()
+        if self.faults:
+            raise Faults(self.faults)
+        services = {name: Service(**values) for name, values in self.services.items()}
+        return Checked(Settings(**self.daemon, services=services), addresses)
+
+    def _addresses(self) -> dict[str, list[Address]]:
+        """Every address, understood, with no two alike."""
+        urls = [(self._origin(name, "listen"), name, url) for name in self.services for url in self._listen(name)]
+        if self.daemon.get("metrics"):
+            urls.append((EXPORTER, EXPORTER, self.daemon["metrics"]))
+        found: dict[str, list[Address]] = {}
+        taken: dict[object, str] = {}
+        for where, service, url in urls:
+            try:
+                address = parse(url)
+            except AddressError as error:
+                self._fault(where, str(error))
+                continue
+            if address.place in taken:
+                self._fault(where, f"{url} is taken by {taken[address.place]} already")
+            if address.place is not None:
+                taken[address.place] = service
+            found.setdefault(service, []).append(address)
+        return found
+
+    def _listen(self, service: str) -> list[str]:
+        listen: list[str] = self.services[service].get("listen", [])
+        return listen
+
+    def _origin(self, service: str, key: str) -> str:
+        return self.origins.get((service, key), f"services.{service}.{key}")
+
+    def _fault(self, where: str, message: str) -> None:
+        self.faults.append(f"{where}: {message}")
+
+
+def _unknown(what: str, name: str, known: Mapping[str, object]) -> str:
+    close = get_close_matches(name, known, 1)
+    return f"unknown {what} {name!r}" + (f"; did you mean {close[0]}?" if close else "")

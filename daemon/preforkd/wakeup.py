@@ -1,0 +1,47 @@
+"""Signals as bytes on a pipe, and signals held across a fork."""
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class WakeUp:
+    """Turns the given signals into something that a selector can wait for (signal.set_wakeup_fd)."""
+
+    def __init__(self, signals: Iterable[signal.Signals]) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in signals:
+            signal.signal(number, lambda *_: None)  # the byte on the pipe is what counts
+
+    def fileno(self) -> int:
+        return self._reader
+
+    def arrived(self) -> list[signal.Signals]:
+        """The signals that have come since the last time, each once, in order."""
+        try:
+            return [signal.Signals(number) for number in dict.fromkeys(os.read(self._reader, 1 << 16))]
+        except BlockingIOError:
+            return []
+
+
+def hold(signals: Iterable[signal.Signals]) -> set[signal.Signals]:
+    """Hold these signals back until they are released. Returns those that were held before."""
+    return {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, signals)}
+
+
+def release(signals: Iterable[signal.Signals]) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+@contextmanager
+def held(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Hold these signals for the time of a fork, so that the child meets them only when it is prepared."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

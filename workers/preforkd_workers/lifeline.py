@@ -1,0 +1,67 @@
+"""The worker's end of its lifeline, the socket pair between master and worker.
+
+Downwards it carries nothing but its end: end-of-file means stop, be it that the master hung up or that it is gone.
+Upwards it carries lines of text: what a worker has to say, and the stacks that faulthandler writes.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+from contextlib import suppress
+
+from preforkd_workers import prctl
+from preforkd_workers.protocol import FAILED, NOTICE, READY, SHUTDOWN
+
+
+class Lifeline:
+    """Where a worker hears that it must stop, and says that it is ready."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def ready(self) -> None:
+        self._say(f"{READY} {os.getpid()}\n")
+
+    def failed(self, reason: str) -> None:
+        """Say why this worker could not be made, in one line or many."""
+        self._say(f"{FAILED}\n{reason}\n")
+
+    def notice(self, event: str, **fields: object) -> None:
+        """Have the master log an event. Never waits: a notice that does not fit is dropped."""
+        self._say(f"{NOTICE} {json.dumps([event, fields])}\n")
+
+    def ask_for_shutdown(self) -> None:
+        """Ask the process that runs ``serve_forever()`` to leave it."""
+        self._say(f"{SHUTDOWN}\n")
+
+    def let_go(self) -> None:
+        """Make our own end read end-of-file, as if the master had hung up. Safe in a signal handler."""
+        with suppress(OSError):  # not connected any more: the master is gone
+            self._end.shutdown(socket.SHUT_RD)
+
+    def _say(self, text: str) -> None:
+        with suppress(BrokenPipeError, BlockingIOError, ConnectionResetError):  # nobody listens, or not now
+            self._end.send(text.encode(errors="backslashreplace"), socket.MSG_DONTWAIT)
+
+
+def be_adopted(master: int) -> None:
+    """Wait until the process ``master`` is our parent, and tie our life to its.
+
+    The middle process of the double fork is our parent until it has exited; the death signal (PR_SET_PDEATHSIG) counts
+    for the parent of that moment, so it is set afterwards, and only then the parent is checked.
+    Raises ProcessLookupError when the parent is another one: the master died meanwhile.
+    """
+    parent = os.getppid()
+    if parent != master:
+        with suppress(ProcessLookupError):  # it has gone meanwhile
+            middle = os.pidfd_open(parent)
+            select.select([middle], [], [])  # pidfd_open(2): readable when it has terminated
+            os.close(middle)
+    prctl.signal_on_parent_death(signal.SIGTERM)
+    if os.getppid() != master:
+        raise ProcessLookupError(f"the master, pid {master}, is gone")

@@ -1,0 +1,171 @@
+"""The mold: the process of one generation that imports the target once and forks workers on request.
+
+It stays single-threaded, serves nobody, and is gone as soon as its master is.
+"""
+
+import faulthandler
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from typing import NoReturn
+
+from setproctitle import setproctitle
+
+from preforkd_workers import process, protocol
+from preforkd_workers.lifeline import Lifeline, be_adopted
+from preforkd_workers.process import Worker
+from preforkd_workers.spec import Spec
+from preforkd_workers.target import Target, TargetError, build
+
+
+def run(spec: Spec, channel: socket.socket) -> NoReturn:
+    """Be a mold: called in a process just forked, with all signals held. Never returns."""
+    process.reset_signals()
+    setproctitle(f"preforkd: mold {spec.service} gen={spec.generation}")
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    faulthandler.enable(all_threads=True)
+    process.leave(lambda: Mold(spec, channel).serve())
+
+
+class Mold:
+    """The loop of a mold: say what came of the import, then answer requests for workers."""
+
+    def __init__(self, spec: Spec, channel: socket.socket) -> None:
+        self.spec = spec
+        self.channel = channel
+        self.target: Target | None = None
+
+    def serve(self) -> None:
+        """Import, then fork a worker for every request, until the master hangs up or is gone."""
+        if self.spec.preload and not self._import():
+            return
+        gc.collect()
+        gc.freeze()
+        kind = "not preloaded" if self.target is None else self.target.kind
+        self._tell({"is": "ready", "kind": kind})
+        while True:
+            message, descriptors = protocol.receive(self.channel)
+            if message is None:
+                return
+            with socket.socket(fileno=descriptors[0]) as end:
+                self._fork(message["serial"], message["slot"], end)
+
+    def _import(self) -> bool:
+        try:
+            self.target = build(self.spec)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            self._tell({"is": "failed", "error": protocol.shorten(explain(error))})
+            return False
+        for event, fields in hazards(self.target):
+            self._tell({"is": "notice", "event": event, "fields": fields})
+        return True
+
+    def _fork(self, serial: int, slot: int, end: socket.socket) -> None:
+        """Fork twice: the process in the middle tells the master the worker's pid and exits, which gives it away."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            middle = os.fork()
+            if middle == 0:
+                self._be_middle(serial, slot, end)
+            if _wait_for(middle):
+                self._tell({"is": "refused", "serial": serial, "error": "the process that forks it was killed"})
+        except OSError as error:
+            self._tell({"is": "refused", "serial": serial, "error": error.strerror})
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def _be_middle(self, serial: int, slot: int, end: socket.socket) -> NoReturn:
+        """The master hears the pid before it can see the worker die: it is not its child before we have exited."""
+        status = 1
+        try:
+            pid = os.fork()
+            if pid == 0:
+                process.leave(lambda: self._be_worker(slot, end))
+            self._tell({"is": "spawned", "serial": serial, "pid": pid})
+            status = 0
+        except OSError as error:
+            self._tell({"is": "refused", "serial": serial, "error": error.strerror})
+            status = 0
+        finally:
+            os._exit(status)
+
+    def _be_worker(self, slot: int, end: socket.socket) -> None:
+        spec = self.spec
+        lifeline = Lifeline(end)
+        self.channel.close()
+        process.reset_signals()
+        process.report_stacks(lifeline)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        setproctitle(f"preforkd: worker {spec.service}#{slot} gen={spec.generation}")
+        row = spec.scoreboard.services[spec.service].row(slot)
+        process.claim(row, spec.generation)
+        try:
+            be_adopted(spec.master)
+        except ProcessLookupError:
+            return
+        target = self.target or self._import_in_worker(lifeline)
+        if target is None:
+            sys.exit(1)
+        for server in target.servers:
+            server.scoreboard = spec.scoreboard  # type: ignore[attr-defined]
+        worker = Worker(target.servers, lifeline, row, orphan_timeout=spec.graceful_timeout + spec.eof_timeout)
+        process.open_for_service(row, lifeline)
+        worker.serve()
+
+    def _import_in_worker(self, lifeline: Lifeline) -> Target | None:
+        """``preload = false``: the worker imports for itself."""
+        try:
+            return build(self.spec)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            lifeline.failed(explain(error))
+            return None
+
+    def _tell(self, message: protocol.Message) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the master is gone; the next receive says so
+            protocol.send(self.channel, message)
+
+
+def _wait_for(child: int) -> int:
+    """Reap a child and return its status; 0 when the target ignores SIGCHLD, so that the kernel has reaped it."""
+    try:
+        return os.waitpid(child, 0)[1]
+    except ChildProcessError:
+        return 0
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong in a target: our own faults in a sentence, the target's with its traceback, less our frames."""
+    if isinstance(error, TargetError):
+        return str(error)
+    where = error.__traceback__
+    while where is not None and _is_ours(where.tb_frame.f_code.co_filename):
+        where = where.tb_next
+    text = "".join(traceback.format_exception(type(error), error, where)).rstrip()
+    return f"{text}\n(it must not exit while it is imported)" if isinstance(error, SystemExit) else text
+
+
+def _is_ours(filename: str) -> bool:
+    return (
+        os.path.dirname(filename) == os.path.dirname(__file__)
+        or filename.startswith("<frozen importlib")
+        or filename == importlib.__file__
+    )
+
+
+def hazards(target: Target) -> list[tuple[str, dict[str, object]]]:
+    """What the log should say about a target before workers are forked from it."""
+    found: list[tuple[str, dict[str, object]]] = []
+    others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if others:
+        advice = "a fork copies none of them; start threads in the handler's process, or set preload = false"
+        found.append(("mold_has_threads", {"threads": ", ".join(others), "advice": advice}))
+    mixin = target.mixes_in()
+    if mixin and not getattr(target.servers[0], "threads_are_meant", False):
+        found.append(("mixin_unnecessary", {"mixin": mixin, "advice": "the pool serves clients side by side already"}))
+    return found

@@ -1,0 +1,141 @@
+"""A worker of kind ``process``: one lane, run by the main thread.
+
+The worker leaves by ``os._exit`` only: what the mold has on its stack and in its exit handlers is the mold's.
+"""
+
+import faulthandler
+import os
+import signal
+import socket
+import socketserver
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from socketserver import BaseServer, ThreadingMixIn
+from typing import NoReturn
+
+from preforkd_workers.lane import Lane
+from preforkd_workers.lifeline import Lifeline
+from preforkd_workers.scoreboard import PID, ROW_GENERATION, SERVING, STARTING, STATE
+from preforkd_workers.tally import Tally, ThreadedTally
+
+# What a terminal sends to the whole process group is for the master to act on. A handler that does nothing, not
+# SIG_IGN, which programs started by a request handler would inherit.
+MASTERS_OWN = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGWINCH)
+
+# The signals that a worker answers.
+DRAIN, END_OF_FILE, STACKS = signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1
+
+
+class Worker:
+    """A lane, and the signals by which it is told what to do when it is busy."""
+
+    def __init__(self, servers: list[BaseServer], lifeline: Lifeline, row: memoryview, orphan_timeout: float) -> None:
+        self.parent = os.getppid()
+        self.orphan_timeout = orphan_timeout
+        threaded = any(isinstance(server, ThreadingMixIn) for server in servers)
+        self.tally = ThreadedTally(row) if threaded else Tally(row)
+        self.lane = Lane(servers, lifeline, self.tally)
+        for server in servers:
+            server.draining = False  # type: ignore[attr-defined]
+        signal.signal(DRAIN, lambda *_: self.drain())
+        signal.signal(END_OF_FILE, lambda *_: self.end_of_file())
+
+    def drain(self) -> None:
+        """Step one: take nothing new and finish what is held. Without a parent who would limit that, do it here."""
+        self.lane.drain()
+        if os.getppid() != self.parent:
+            faulthandler.dump_traceback_later(self.orphan_timeout, exit=True)
+
+    def end_of_file(self) -> None:
+        """Step two: the handlers read end-of-file, as if their clients had left."""
+        for request in self.tally.held():
+            if isinstance(request, socket.socket):
+                with suppress(OSError):
+                    socket.socket.shutdown(request, socket.SHUT_RD)  # not SSLSocket's, which forgets the session
+
+    def serve(self) -> None:
+        """Run ``serve_forever`` of each server around the lane, then close them and wait for their threads."""
+        waiting = iter(self.lane.servers)
+        _take_over_serve_forever(waiting, self.lane.run, self.drain)
+        next(waiting).serve_forever()
+        for server in self.lane.servers:
+            server.server_close()
+        self.tally.wait()
+
+
+def _take_over_serve_forever(
+    waiting: Iterator[BaseServer], run: Callable[[float], None], stop: Callable[[], None]
+) -> None:
+    """Put the lane where socketserver has its loop, below whatever a class has put around it.
+
+    With several servers, the loop of each runs within that of the one before: what a class does before and after its
+    ``super().serve_forever()`` is done for every server.
+    """
+
+    def serve_forever(self: BaseServer, poll_interval: float = 0.5) -> None:
+        server = next(waiting, None)
+        if server is None:
+            run(poll_interval)
+        else:
+            server.serve_forever(poll_interval)
+
+    def shutdown(self: BaseServer) -> None:
+        stop()
+
+    socketserver.BaseServer.serve_forever = serve_forever  # type: ignore[method-assign]
+    socketserver.BaseServer.shutdown = shutdown  # type: ignore[method-assign]
+
+
+def reset_signals() -> None:
+    """Forget the wake-up pipe and the answers of whoever forked us. Call with the signals held."""
+    signal.set_wakeup_fd(-1)
+    for number in MASTERS_OWN:
+        signal.signal(number, lambda *_: None)
+    for number in (DRAIN, END_OF_FILE, STACKS, signal.SIGCHLD, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def report_stacks(lifeline: Lifeline) -> None:
+    """Have all stacks written to the lifeline, on the STACKS signal and on a fatal one."""
+    faulthandler.enable(lifeline.fileno(), all_threads=True)
+    faulthandler.register(STACKS, lifeline.fileno(), all_threads=True)
+
+
+def claim(row: memoryview, generation: int) -> None:
+    """Make the row ours."""
+    row[PID], row[ROW_GENERATION], row[STATE] = os.getpid(), generation, STARTING
+
+
+def open_for_service(row: memoryview, lifeline: Lifeline) -> None:
+    row[STATE] = SERVING
+    lifeline.ready()
+
+
+def leave(work: Callable[[], None]) -> NoReturn:
+    """Do the work and exit: status 0, or that of a SystemExit, or 1 with the traceback on standard error."""
+    status = 1
+    try:
+        work()
+        status = 0
+    except SystemExit as request:
+        status = _status_of(request)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+
+
+def _status_of(request: SystemExit) -> int:
+    """As the interpreter does (sys.exit): None is 0, a number is itself, anything else is printed and 1."""
+    match request.code:
+        case None:
+            return 0
+        case int():
+            return request.code & 0xFF
+    print(request.code, file=sys.stderr)  # noqa: T201 - the interpreter would
+    return 1
