@@ -1,0 +1,29 @@
+"""Fixtures: daemons that are looked after."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import Daemon
+
+TARGETS = Path(__file__).parent / "targets.py"
+
+Serve = Callable[..., Daemon]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start ``preforkd serve ARGUMENTS`` and wait until it is ready. ``:name`` is a target of ``targets.py``.
+
+    At the end of the test it has left nobody and nothing behind.
+    """
+    with ExitStack() as daemons:
+
+        def start(*arguments: object, ready: bool = True, **keywords: object) -> Daemon:
+            words = [f"{TARGETS}{word}" if str(word).startswith(":") else word for word in arguments]
+            daemon = daemons.enter_context(Daemon(["serve", *words], tmp_path, **keywords))  # type: ignore[arg-type]
+            return daemon.ready() if ready else daemon
+
+        yield start

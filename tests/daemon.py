@@ -1,0 +1,232 @@
+"""A real daemon under test: started as its users start it, watched through its log, and looked after when it ends."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
+
+# How long a test waits for what should take milliseconds, in seconds; both cores may be loaded.
+DEADLINE = 20.0
+
+
+def eventually(condition: Callable[[], object], what: str = "", deadline: float = DEADLINE) -> None:
+    """Wait until ``condition`` holds: only for what the kernel alone can tell. Anything else is waited for."""
+    end = time.monotonic() + deadline
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end, f"not within {deadline} s: {what or condition}"
+        pause.wait(0.005)
+
+
+class Log:
+    """The lines of a pipe, read by a thread, to be waited for."""
+
+    def __init__(self, pipe: Iterator[bytes]) -> None:
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._read, args=(pipe,), daemon=True)
+        self._thread.start()
+
+    def _read(self, pipe: Iterator[bytes]) -> None:
+        for line in pipe:
+            with self._changed:
+                self._lines.append(line.decode(errors="replace").rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    @property
+    def lines(self) -> list[str]:
+        with self._changed:
+            return list(self._lines)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def matches(self, pattern: str) -> list[re.Match[str]]:
+        return [match for line in self.lines if (match := re.search(pattern, line))]
+
+    def wait_for(self, pattern: str, times: int = 1, deadline: float = DEADLINE) -> re.Match[str]:
+        """The line that matches, the ``times``-th of them."""
+        with self._changed:
+            arrived = self._changed.wait_for(lambda: len(self._found(pattern)) >= times or self._ended, deadline)
+            found = self._found(pattern)
+        assert arrived, f"no {pattern!r} within {deadline} s in:\n{self.text}"
+        assert len(found) >= times, f"ended without {pattern!r}:\n{self.text}"
+        return found[times - 1]
+
+    def _found(self, pattern: str) -> list[re.Match[str]]:
+        return [match for line in self._lines if (match := re.search(pattern, line))]
+
+    def finish(self) -> None:
+        """Wait until the pipe is closed on the other side by all who had it."""
+        self._thread.join(DEADLINE)
+        assert self._ended, f"somebody still holds the log:\n{self.text}"
+
+
+class Daemon:
+    """``python -m preforkd serve …`` in a directory and a session of its own."""
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        directory: Path,
+        environment: dict[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        prefix: Sequence[str] = (),
+    ) -> None:
+        command = [*prefix, sys.executable, "-m", "preforkd", *map(str, arguments)]
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFORKD_", "NOTIFY_", "JOURNAL_"))}
+        self.process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env={**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+        assert self.process.stderr is not None
+        assert self.process.stdout is not None
+        self.log = Log(iter(self.process.stderr.readline, b""))
+        self.out = Log(iter(self.process.stdout.readline, b""))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """End it if it still runs, and see to it that nobody is left behind."""
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+            self.wait()
+            if kind is None:
+                eventually(lambda: not self.family(), "everybody has left")
+                self.log.finish()
+        finally:
+            for pid in self.family():
+                os.kill(pid, signal.SIGKILL)
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            for pipe in (self.process.stdout, self.process.stderr):
+                if pipe is not None and not self.family():
+                    pipe.close()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def ready(self) -> Self:
+        self.log.wait_for(r"^ready\b")
+        return self
+
+    def wait(self, deadline: float = DEADLINE) -> int:
+        """Its exit status, when it has ended by itself or by a signal sent before."""
+        try:
+            return self.process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {deadline} s:\n{self.log.text}") from None
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, deadline: float = DEADLINE) -> int:
+        self.process.send_signal(number)
+        return self.wait(deadline)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    # Where it listens.
+
+    def url(self, service: str | None = None, index: int = 0) -> str:
+        """A URL that it listens on: of this service, or of the first one."""
+        name = re.escape(service) if service else r"\S+"
+        pattern = rf"^listening service={name} url=(\S+)"
+        return self.log.wait_for(pattern, index + 1)[1]
+
+    def address(self, service: str | None = None, index: int = 0) -> tuple[str, int]:
+        parts = urlsplit(self.url(service, index))
+        assert parts.hostname is not None
+        assert parts.port is not None
+        return parts.hostname, parts.port
+
+    def connect(self, service: str | None = None) -> socket.socket:
+        return socket.create_connection(self.address(service), DEADLINE)
+
+    def ask(self, question: bytes, service: str | None = None) -> bytes:
+        """Send, end the sending side, and return all that comes back."""
+        with self.connect(service) as client:
+            client.sendall(question)
+            client.shutdown(socket.SHUT_WR)
+            with client.makefile("rb") as answer:
+                return answer.read()
+
+    # What it says of itself.
+
+    def metrics(self) -> dict[str, float]:
+        """All samples of the exporter, as ``name{labels}`` with the labels sorted."""
+        host, port = self.address("metrics")
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=DEADLINE) as page:
+            lines = page.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    # Its processes.
+
+    def family(self) -> list[int]:
+        """Everybody in its session but itself, zombies included."""
+        return [pid for pid, fields in _processes() if int(fields[3]) == self.pid and pid != self.pid]
+
+    def titled(self, title: str) -> list[int]:
+        """The pids in its session whose process title begins so: ``worker Upper#``, ``mold Upper``."""
+        found = []
+        for pid in self.family():
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if command.startswith(f"preforkd: {title}".encode()):
+                found.append(pid)
+        return sorted(found)
+
+    def workers(self, service: str | None = None) -> list[int]:
+        """The pids of the workers that are ready and alive."""
+        name = re.escape(service) if service else r"(?!metrics )\S+"
+        said = self.log.matches(rf"^worker_ready service={name} .*\bpid=(\d+)")
+        return [int(match[1]) for match in said if _is_alive(int(match[1]))]
+
+    def descriptors(self) -> int:
+        """How many descriptors the master has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def zombies(self) -> list[int]:
+        return [pid for pid, fields in _processes() if fields[0] == "Z" and int(fields[3]) == self.pid]
+
+
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    """Every process with the fields of its ``/proc/PID/stat`` from the state on (proc(5))."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                stat = Path(f"/proc/{name}/stat").read_text()
+            except OSError:
+                continue
+            yield int(name), stat.rpartition(")")[2].split()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -1,0 +1,177 @@
+"""Handlers and servers for the daemon under test. They know nothing of preforkd."""
+
+import os
+import socket
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from socketserver import (
+    BaseRequestHandler,
+    DatagramRequestHandler,
+    StreamRequestHandler,
+    TCPServer,
+    ThreadingMixIn,
+    UDPServer,
+    UnixStreamServer,
+)
+from typing import Any
+
+
+class Upper(StreamRequestHandler):
+    """Upper-cases lines."""
+
+    def handle(self) -> None:
+        for line in self.rfile:
+            self.wfile.write(line.upper())
+
+
+class UpperDatagram(DatagramRequestHandler):
+    """Upper-cases a datagram."""
+
+    def handle(self) -> None:
+        self.wfile.write(self.rfile.read().upper())
+
+
+class Pid(BaseRequestHandler):
+    """Tells which process serves."""
+
+    def handle(self) -> None:
+        self.request.sendall(b"%d\n" % os.getpid())
+
+
+class Obey(StreamRequestHandler):
+    """Does what the line says: to test what becomes of those who do it."""
+
+    def handle(self) -> None:
+        for line in self.rfile:
+            self.wfile.write(self.obey(*line.decode().split()))
+
+    def obey(self, order: str, *words: str) -> bytes:
+        match order:
+            case "say":
+                return f"{' '.join(words)}\n".encode()
+            case "pid":
+                return f"{os.getpid()}\n".encode()
+            case "draining":
+                return f"{self.server.draining}\n".encode()  # type: ignore[attr-defined]
+            case "raise":
+                raise ValueError("as told")
+            case "exit":
+                sys.exit(int(words[0]))
+            case "interrupt":
+                raise KeyboardInterrupt
+            case "os_exit":
+                os._exit(int(words[0]))
+            case "segfault":
+                os.kill(os.getpid(), 11)
+            case "kill":
+                os.kill(os.getpid(), 9)
+            case "sleep":
+                time.sleep(float(words[0]))
+                return b"slept\n"
+            case "until_eof":
+                self.wfile.write(b"waiting\n")
+                rest = self.rfile.read()
+                return b"eof after %d\n" % len(rest)
+            case "spin":
+                self.wfile.write(b"spinning\n")
+                while True:
+                    pass
+            case "shutdown":
+                self.server.shutdown()
+                return b"shut down\n"
+        return b"what?\n"
+
+
+class RecordingServer(TCPServer):
+    """Appends the name of every hook to the file named in HOOKS, in the order of the calls."""
+
+    def note(self, hook: str) -> None:
+        with open(os.environ["HOOKS"], "a") as file:
+            file.write(f"{hook}\n")
+
+    def get_request(self) -> Any:
+        self.note("get_request")
+        return super().get_request()
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        self.note("verify_request")
+        return request.recv(1, socket.MSG_PEEK) != b"!"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.note("process_request")
+        super().process_request(request, client_address)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        self.note("finish_request")
+        super().finish_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.note("shutdown_request")
+        super().shutdown_request(request)
+
+    def close_request(self, request: Any) -> None:
+        self.note("close_request")
+        super().close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.note("handle_error")
+
+    def server_close(self) -> None:
+        self.note("server_close")
+        super().server_close()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        self.note("serve_forever")
+        try:
+            super().serve_forever(poll_interval)
+        finally:
+            self.note("served")
+
+
+def recording(address: Any) -> TCPServer:
+    """A factory."""
+    return RecordingServer(address, Obey)
+
+
+class Page(BaseHTTPRequestHandler):
+    """A page that says where it was served."""
+
+    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+        body = f"{self.server.server_name} {self.server.server_port}\n".encode()  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+class TidyUnixServer(UnixStreamServer):
+    """Removes its socket file before it binds and after it closes, as many do."""
+
+    def server_bind(self) -> None:
+        assert isinstance(self.server_address, str)
+        if os.path.exists(self.server_address):
+            os.unlink(self.server_address)
+        super().server_bind()
+
+    def server_close(self) -> None:
+        super().server_close()
+        assert isinstance(self.server_address, str)
+        os.remove(self.server_address)
+
+
+class ThreadingObeyServer(ThreadingMixIn, TCPServer):
+    """Threads of its own, inside the worker."""
+
+
+class UpperUDPServer(UDPServer):
+    """Overrides get_request, so that it takes the general turn."""
+
+    def get_request(self) -> Any:
+        return super().get_request()
+
+
+instance = HTTPServer(("127.0.0.1", 0), Page) if os.environ.get("INSTANCE") else None
