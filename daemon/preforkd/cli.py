@@ -18,10 +18,13 @@ SAMPLE_METRICS = "tcp://127.0.0.1:9109"
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.command == "settings":
         print(settings.reference())  # noqa: T201 - what the command is for
         return Exit.STOPPED
+    if options.config is not None and (options.target or options.listen):
+        parser.error("-c FILE names targets and addresses: give either it, or TARGET and --listen")
     try:
         checked = _checked(options)
     except Faults as faults:
@@ -87,8 +90,6 @@ def _checked(options: argparse.Namespace) -> Checked:
     """The settings of this command line. Raises Faults."""
     faults: list[str] = []
     if options.config is not None:
-        if options.target or options.listen:
-            raise Faults(["-c FILE names targets and addresses: give either it, or TARGET and --listen"])
         name = os.path.basename(options.config).removesuffix(".toml")
         values, faults = from_file(options.config)
         own: list[Value] = []

@@ -4,6 +4,7 @@ import errno
 import grp
 import os
 import pwd
+import re
 import socket
 import stat
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ class Address:
             return "fd", self.number
         if self.scheme in ("tcp", "udp"):
             return (self.scheme, (self.host, self.port)) if self.port else None
-        return "unix", self.path
+        return "unix", self.path if self.path.startswith("@") else os.path.abspath(self.path)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def parse(url: str) -> Address:
         if not host or port is None or parts.path:
             raise wanted
         return Address(url, scheme, host, port, options=options)
-    if not parts.path or parts.netloc:
+    if not parts.path or parts.netloc or "\0" in parts.path:
         raise wanted
     if len(os.fsencode(parts.path)) > _LONGEST_PATH:
         raise AddressError(f"{url}: the path is longer than {_LONGEST_PATH} bytes (unix(7))")
@@ -131,7 +132,7 @@ def _options(url: str, scheme: str, query: str) -> dict[str, str]:
         if name not in known:
             close = get_close_matches(name, known, 1)
             raise AddressError(f"{url}: unknown option {name!r}" + (f"; did you mean {close[0]}?" if close else ""))
-    if not set(options.get("mode", "0")) <= set("01234567"):
+    if not re.fullmatch("0?[0-7]{3}", options.get("mode", "0666")):
         raise AddressError(f"{url}: mode is octal, such as 0660")
     if options.get("v6only", "0") not in ("0", "1"):
         raise AddressError(f"{url}: v6only is 0 or 1")

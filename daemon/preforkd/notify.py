@@ -11,9 +11,9 @@ def systemd(*states: str) -> None:
     if not path:
         return
     address = f"\0{path[1:]}" if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        with suppress(OSError):  # the manager is not listening now: nothing that serving depends on
-            sender.sendto("\n".join(states).encode(), socket.MSG_DONTWAIT, address)
+    manager_is_deaf = suppress(OSError)  # which is nothing that serving depends on
+    with manager_is_deaf, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto("\n".join(states).encode(), socket.MSG_DONTWAIT, address)
 
 
 def newline(descriptor: int) -> None:

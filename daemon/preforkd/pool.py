@@ -5,6 +5,7 @@ It does not know how workers are made, only whom to ask (``Nursery``): a mold in
 
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -60,12 +61,26 @@ class Nursery(Protocol):
         ...
 
 
+class Journal(Protocol):
+    """Where a pool says what it does; the module ``log`` is one."""
+
+    def event(self, name: str, /, **fields: object) -> None: ...
+    def text(self, prefix: str, lines: str) -> None: ...
+
+
 class Pool:
     """The children of one service, by slot."""
 
     def __init__(
-        self, name: str, selector: selectors.BaseSelector, board: Service, nursery: Nursery, timeouts: Timeouts
+        self,
+        name: str,
+        selector: selectors.BaseSelector,
+        board: Service,
+        nursery: Nursery,
+        timeouts: Timeouts,
+        journal: Journal = log,
     ) -> None:
+        self.journal = journal
         self.name = name
         self.selector = selector
         self.board = board
@@ -215,8 +230,8 @@ class Pool:
             self._log(event, child, **fields)
         elif word == SHUTDOWN:
             self.shutdown_asked = True
-        elif line:
-            log.text(f"{self.name}#{child.slot}", line)
+        elif line and not _is_plumbing(line):
+            self.journal.text(f"{self.name}#{child.slot}", line)
 
     def reap(self, pid: int) -> bool:
         """Collect the exit status of this pid, if it is a child of the pool. Whether it was."""
@@ -288,7 +303,15 @@ class Pool:
         del self.children[child.slot]
 
     def _log(self, event: str, child: Child, **fields: object) -> None:
-        log.event(event, service=self.name, slot=child.slot, gen=child.generation, pid=child.pid, **fields)
+        self.journal.event(event, service=self.name, slot=child.slot, gen=child.generation, pid=child.pid, **fields)
+
+
+# A stack begins with what the worker does and ends with how it came to be forked: nobody needs to read that.
+_PLUMBING = re.compile(r'  File ".*/(?:preforkd/|preforkd_workers/(?!lane\.py)|bin/preforkd")')
+
+
+def _is_plumbing(line: str) -> bool:
+    return _PLUMBING.match(line) is not None
 
 
 def _cause(child: Child, status: int | None) -> str:

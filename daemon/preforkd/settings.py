@@ -148,13 +148,15 @@ def _wanted(info: inspect.Type, value: object, suffixes: dict[str, float]) -> st
         case inspect.ListType():
             return "a list of strings"
         case inspect.StrType():
-            return f"text that matches {plain.pattern}" if isinstance(value, str) and plain.pattern else "a string"
+            if not isinstance(value, str):
+                return "a string"
+            return f"text that matches {plain.pattern}" if plain.pattern else "text that is not empty"
         case inspect.IntType() | inspect.FloatType():
             number = _number(value)
             if number is not None and plain.ge is not None and number < plain.ge:
-                return f"at least {plain.ge:g}"
+                return f"at least {plain.ge:.15g}"
             if number is not None and plain.le is not None and number > plain.le:
-                return f"at most {plain.le:g}"
+                return f"at most {plain.le:.15g}"
             kind = "a whole number" if isinstance(plain, inspect.IntType) else "a number"
             return f"{kind} or text such as {_EXAMPLES[next(iter(suffixes))]}" if suffixes else kind
     return f"a {plain}"
@@ -201,5 +203,5 @@ def _default_of(setting: Setting) -> str:
 def _bounds_of(setting: Setting) -> str:
     plain = _plain(inspect.type_info(setting.type))
     if isinstance(plain, inspect.IntType | inspect.FloatType):
-        return f"{plain.ge or 0:g} … {plain.le:g} {setting.unit}".rstrip()
+        return f"{plain.ge or 0:.15g} … {plain.le:.15g} {setting.unit}".rstrip()
     return ""

@@ -4,9 +4,10 @@ A value keeps the name of the place it came from, so that a fault can say where 
 the first fault, so that all are said at once.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -66,7 +67,10 @@ def from_file(path: str) -> tuple[list[Value], list[str]]:
 
 
 def from_environment(environment: Mapping[str, str]) -> list[Value]:
-    """``PREFORKD_KEY`` and ``PREFORKD_SERVICES__NAME__KEY``. A service's key without a name is for every service."""
+    """``PREFORKD_KEY`` and ``PREFORKD_SERVICES__NAME__KEY``. A service's key without a name is for every service.
+
+    In NAME case does not matter, and an underscore stands for whatever the name of a variable cannot hold.
+    """
     return [
         _from_path(variable, variable.removeprefix(ENVIRONMENT).lower().split("__"), raw)
         for variable, raw in sorted(environment.items())
@@ -99,8 +103,14 @@ def check(values: Sequence[Value], name: str, faults: Sequence[str] = ()) -> Che
     # Text names a service, but does not make one: that is for the file, or for the target on the command line.
     laid.services = {value.service: {} for value in values if value.service is not None and not value.is_text}
     for value in values:
-        laid.lay(value)
+        laid.lay(replace(value, service=_meant(value.service, laid.services)) if value.is_text else value)
     return laid.finish()
+
+
+def _meant(name: str | None, services: Mapping[str, object]) -> str | None:
+    """The service that is spelt so in the name of an environment variable, if it is no service's name as it stands."""
+    alike = [service for service in services if re.sub(r"\W", "_", service).lower() == name]
+    return alike[0] if name not in services and len(alike) == 1 else name
 
 
 class _Layers:
@@ -111,6 +121,7 @@ class _Layers:
         self.daemon: dict[str, Any] = {"name": name}
         self.services: dict[str, dict[str, Any]] = {}
         self.origins: dict[tuple[str, str], str] = {}
+        self.unusable: set[tuple[str | None, str]] = set()  # given, but not a value of its type: no second fault
 
     def lay(self, value: Value) -> None:
         """Let a value take the place of what a layer below has said."""
@@ -126,6 +137,7 @@ class _Layers:
         try:
             converted = setting.convert(value.raw, is_text=value.is_text)
         except ValueError as error:
+            self.unusable |= {(service, value.key) for service in ([value.service] if value.service else self.services)}
             return self._fault(value.where, str(error))
         if is_daemons:
             self.daemon[value.key] = converted
@@ -142,9 +154,9 @@ class _Layers:
         for service, values in self.services.items():
             if service == EXPORTER:
                 self._fault(f"services.{service}", "the name is the exporter's; choose another")
-            if "target" not in values:
+            if "target" not in values and (service, "target") not in self.unusable:
                 self._fault(f"services.{service}.target", "required: what to serve, as module:name")
-            if not values.get("listen"):
+            if not values.get("listen") and (service, "listen") not in self.unusable:
                 self._fault(self._origin(service, "listen"), "at least one address, such as tcp://127.0.0.1:9999")
         addresses = self._addresses()
         if self.faults:

@@ -202,7 +202,7 @@ class Lane:
             server.draining = True
         self.lifeline.let_go()
 
-    def run(self, poll_interval: float) -> None:
+    def run(self, poll_interval: float | None) -> None:
         """Serve until told to drain. ``poll_interval``, in seconds, is the rhythm of ``service_actions``."""
         turns = [turn_of(server, self.tally) for server in self.servers]
         actions = [s.service_actions for s in self.servers if _overrides(s, BaseServer, "service_actions")]
