@@ -14,6 +14,7 @@ from preforkd.listeners import Address, Bound, ListenError, unbound
 from preforkd.molds import Mold
 from preforkd.service import section, spec_of
 from preforkd.sources import Checked
+from preforkd_workers.protocol import FAILED, READY
 from preforkd_workers.scoreboard import Scoreboard
 
 
@@ -41,7 +42,7 @@ def _check(name: str, wanted: settings.Service, addresses: Sequence[Address], ti
         return str(error)
     board = Scoreboard.create(name, [section(name, wanted, listeners)])
     tidy.callback(os.close, board.fd)
-    kind, fault = _import(Mold(spec_of(name, wanted, listeners, board, preload=True)), wanted.boot_timeout)
+    kind, fault = _import(Mold(spec_of(name, wanted, listeners, board, preload=True), wanted.boot_timeout))
     if fault is None:
         print(f"service={name} target={wanted.target} is a {kind}")  # noqa: T201
         for bound in listeners:
@@ -50,25 +51,24 @@ def _check(name: str, wanted: settings.Service, addresses: Sequence[Address], ti
     return fault
 
 
-def _import(mold: Mold, timeout: float) -> tuple[str, str | None]:
+def _import(mold: Mold) -> tuple[str, str | None]:
     """What kind of target the mold has found, and what went wrong if something did."""
     try:
-        return _verdict(mold, monotonic() + timeout)
+        return _verdict(mold)
     finally:
         mold.kill(signal.SIGKILL)
         mold.close()
         os.waitpid(mold.pid, 0)
 
 
-def _verdict(mold: Mold, deadline: float) -> tuple[str, str | None]:
+def _verdict(mold: Mold) -> tuple[str, str | None]:
     while not mold.is_mute:
-        readable, _, _ = select.select([mold.channel], [], [], max(0.0, deadline - monotonic()))
+        readable, _, _ = select.select([mold.channel], [], [], max(0.0, mold.deadline - monotonic()))
         if not readable:
             return "", "the import takes longer than boot_timeout"
-        for message in mold.hear():
-            match message:
-                case {"is": "ready", "kind": kind}:
-                    return kind, None
-                case {"is": "failed", "error": error}:
-                    return "", error
+        for word, rest in mold.hear():
+            if word == READY:
+                return rest, None
+            if word == FAILED:
+                return "", rest
     return "", "the import ended the process"

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from preforkd import settings
+from preforkd import log, settings
 from preforkd.exits import Exit
 from preforkd.sources import EXPORTER, Checked, Faults, Value, check, from_environment, from_file, from_pairs
 from preforkd.wakeup import release
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         return check_targets(checked)
     from preforkd.serve import serve
 
+    if not (options.target or options.config):
+        log.event("sample", target=SAMPLE_TARGET, advice="for your own: preforkd serve TARGET --listen URL")
     return serve(checked)
 
 

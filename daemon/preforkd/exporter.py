@@ -1,8 +1,10 @@
 """The exporter: Prometheus metrics and health, read from the scoreboard. A service like any other, in a worker."""
 
 import platform
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import HTTPServer
 from socketserver import ThreadingMixIn
 from time import time_ns
@@ -74,9 +76,11 @@ class Exporter(ThreadingMixIn, HTTPServer):
         """Make room, if need be, by hanging up on who has been connected for longest."""
         with self._lock:
             self._clients[request] = None
-            oldest = next(iter(self._clients)) if len(self._clients) > MOST_CLIENTS else None
-        if oldest is not None:
-            self.shutdown_request(oldest)
+            if len(self._clients) > MOST_CLIENTS:
+                oldest = next(iter(self._clients))
+                del self._clients[oldest]
+                with suppress(OSError):  # it has left already
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads end-of-file, and closes; we must not
         super().process_request(request, client_address)
 
     def close_request(self, request: Any) -> None:

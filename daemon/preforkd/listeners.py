@@ -209,9 +209,14 @@ def _unix(address: Address) -> Bound:
         finally:
             os.umask(before)
         path = os.path.abspath(address.path)
-        if "user" in address.options or "group" in address.options:
-            os.chown(path, _user(address.options.get("user")), _group(address.options.get("group")))
-        return Bound(Listener("", made), path, _inode(path))
+        bound = Bound(Listener("", made), path, _inode(path))
+        try:
+            if "user" in address.options or "group" in address.options:
+                os.chown(path, _user(address.options.get("user")), _group(address.options.get("group")))
+        except BaseException:
+            bound.close()
+            raise
+        return bound
     except BaseException:
         made.close()
         raise

@@ -10,17 +10,17 @@ from time import monotonic
 from preforkd import limits
 from preforkd.wakeup import held
 from preforkd_workers import protocol
-from preforkd_workers.protocol import Message
 from preforkd_workers.spec import Spec
 
 
 class Mold:
     """One mold, from its fork to its end."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, boot_timeout: float) -> None:
         self.spec = spec
         self.ready = False
         self.born = monotonic()
+        self.deadline = self.born + boot_timeout  # of the step that it is at: ready, or dead after a signal
         self.cause: str | None = None  # why it was killed, if it was
         self.is_mute = False  # its end of the channel is closed
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -37,17 +37,21 @@ class Mold:
 
     def ask(self, serial: int, slot: int, end: socket.socket) -> None:
         """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""
-        protocol.send(self.channel, {"serial": serial, "slot": slot}, [end.fileno()])
+        protocol.send(self.channel, f"{serial} {slot}", end.fileno())
 
-    def hear(self) -> Iterator[Message]:
-        """What the mold has said since the last time. Ends for good when its end of the channel is closed."""
+    def hear(self) -> Iterator[tuple[str, str]]:
+        """What the mold has said since the last time: a word of the protocol, and the rest.
+
+        Ends for good when its end of the channel is closed.
+        """
         with suppress(BlockingIOError):
             while not self.is_mute:
-                message, _ = protocol.receive(self.channel)
-                if message is None:
+                said, _ = protocol.receive(self.channel)
+                if said is None:
                     self.is_mute = True
                 else:
-                    yield message
+                    word, _, rest = said.partition(" ")
+                    yield word, rest
 
     def kill(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):

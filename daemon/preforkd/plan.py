@@ -120,15 +120,14 @@ def plan(
         elif now >= _deadline(child, wanted, timeouts):
             yield _push(child, wanted)
     if wanted.can_spawn:
-        room = BURST - sum(child.state is State.BOOTING for child in children)
         due = [slot for slot in _vacant(wanted, children) if now >= not_before.get(slot, now)]
-        yield from map(Spawn, due[: max(room, 0)])
+        yield from map(Spawn, due[: _room(children)])
 
 
 def wake_at(wanted: Wanted, children: Sequence[Child], timeouts: Timeouts, not_before: Mapping[int, float]) -> float:
     """When ``plan`` may have something new to say although nothing happens; infinity for never."""
     deadlines = [_deadline(child, wanted, timeouts) for child in children]
-    if wanted.can_spawn and not_before:
+    if wanted.can_spawn and not_before and _room(children):
         deadlines += [not_before[slot] for slot in _vacant(wanted, children) if slot in not_before]
     return min(deadlines, default=float("inf"))
 
@@ -141,6 +140,11 @@ def pause(failed_starts: int) -> float:
 def is_failed_start(age: float, ended: int) -> bool:
     """Whether a death unasked for, at this age in seconds and after so many requests, hints at a crash loop."""
     return age < FRUITLESS_AGE and not ended
+
+
+def _room(children: Iterable[Child]) -> int:
+    """How many workers more may boot now."""
+    return max(BURST - sum(child.state is State.BOOTING for child in children), 0)
 
 
 def _vacant(wanted: Wanted, children: Iterable[Child]) -> list[int]:

@@ -30,8 +30,7 @@ from preforkd.plan import (
     plan,
     wake_at,
 )
-from preforkd_workers.process import DRAIN, END_OF_FILE, STACKS
-from preforkd_workers.protocol import FAILED, NOTICE, READY, SHUTDOWN
+from preforkd_workers.protocol import DRAIN, END_OF_FILE, FAILED, NOTICE, READY, SHUTDOWN, STACKS
 from preforkd_workers.scoreboard import (
     CAUSES,
     EXITS,

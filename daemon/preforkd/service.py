@@ -1,5 +1,6 @@
 """The master's record of a service: settings, listeners, the mold, and the pool that is forked from it."""
 
+import json
 import os
 import selectors
 import signal
@@ -15,6 +16,7 @@ from preforkd.listeners import Bound
 from preforkd.molds import Mold
 from preforkd.plan import Timeouts, pause
 from preforkd.pool import Pool
+from preforkd_workers import protocol
 from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard, Section
 from preforkd_workers.spec import Spec
 
@@ -127,21 +129,27 @@ class Service:
         mold = self.mold
         if mold is None:
             return
-        for message in mold.hear():
-            match message:
-                case {"is": "ready", "kind": kind}:
-                    mold.ready = True
-                    self._log("mold_ready", mold, kind=kind, seconds=round(monotonic() - mold.born, 3))
-                case {"is": "failed", "error": error}:
-                    self.boot_failure = error
-                case {"is": "spawned", "serial": serial, "pid": pid}:
-                    self.pool.spawned(serial, pid)
-                case {"is": "refused", "serial": serial, "error": error}:
-                    self.pool.refused(serial, error)
-                case {"is": "notice", "event": event, "fields": fields}:
-                    self._log(event, mold, **fields)
+        for word, rest in mold.hear():
+            self._heard(mold, word, rest)
         if mold.is_mute and mold.channel in self.selector.get_map():
             self.selector.unregister(mold.channel)
+
+    def _heard(self, mold: Mold, word: str, rest: str) -> None:
+        match word:
+            case protocol.READY:
+                mold.ready = True
+                self._log("mold_ready", mold, kind=rest, seconds=round(monotonic() - mold.born, 3))
+            case protocol.FAILED:
+                self.boot_failure = rest
+            case protocol.SPAWNED:
+                serial, pid = map(int, rest.split())
+                self.pool.spawned(serial, pid)
+            case protocol.REFUSED:
+                number, _, reason = rest.partition(" ")
+                self.pool.refused(int(number), reason)
+            case protocol.NOTICE:
+                event, fields = json.loads(rest)
+                self._log(event, mold, **fields)
 
     def reap(self, pid: int) -> bool:
         """Collect the exit status of this pid, if it is one of the service's own. Whether it was."""

@@ -6,6 +6,7 @@ It stays single-threaded, serves nobody, and is gone as soon as its master is.
 import faulthandler
 import gc
 import importlib
+import json
 import os
 import signal
 import socket
@@ -17,9 +18,10 @@ from typing import NoReturn
 
 from setproctitle import setproctitle
 
-from preforkd_workers import process, protocol
+from preforkd_workers import prctl, process, protocol
 from preforkd_workers.lifeline import Lifeline, be_adopted
 from preforkd_workers.process import Worker
+from preforkd_workers.protocol import FAILED, NOTICE, READY, REFUSED, SPAWNED
 from preforkd_workers.spec import Spec
 from preforkd_workers.target import Target, TargetError, build
 
@@ -30,7 +32,10 @@ def run(spec: Spec, channel: socket.socket) -> NoReturn:
     setproctitle(f"preforkd: mold {spec.service} gen={spec.generation}")
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     faulthandler.enable(all_threads=True)
-    process.leave(lambda: Mold(spec, channel).serve())
+    prctl.signal_on_parent_death(signal.SIGKILL)
+    if os.getppid() == spec.master:  # or it has died already
+        process.leave(lambda: Mold(spec, channel).serve())
+    os._exit(1)
 
 
 class Mold:
@@ -48,60 +53,57 @@ class Mold:
         gc.collect()
         gc.freeze()
         kind = "not preloaded" if self.target is None else self.target.kind
-        self._tell({"is": "ready", "kind": kind})
+        self._tell(f"{READY} {kind}")
         while True:
-            message, descriptors = protocol.receive(self.channel)
-            if message is None:
+            request, descriptor = protocol.receive(self.channel)
+            if request is None or descriptor is None:
                 return
-            with socket.socket(fileno=descriptors[0]) as end:
-                self._fork(message["serial"], message["slot"], end)
+            serial, slot = map(int, request.split())
+            self._fork(serial, slot, descriptor)
+            os.close(descriptor)
 
     def _import(self) -> bool:
         try:
             self.target = build(self.spec)
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            self._tell({"is": "failed", "error": protocol.shorten(explain(error))})
+            self._tell(f"{FAILED} {protocol.shorten(explain(error))}")
             return False
         for event, fields in hazards(self.target):
-            self._tell({"is": "notice", "event": event, "fields": fields})
+            self._tell(f"{NOTICE} {json.dumps([event, fields])}")
         return True
 
-    def _fork(self, serial: int, slot: int, end: socket.socket) -> None:
+    def _fork(self, serial: int, slot: int, end: int) -> None:
         """Fork twice: the process in the middle tells the master the worker's pid and exits, which gives it away."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             middle = os.fork()
             if middle == 0:
                 self._be_middle(serial, slot, end)
             if _wait_for(middle):
-                self._tell({"is": "refused", "serial": serial, "error": "the process that forks it was killed"})
+                self._tell(f"{REFUSED} {serial} the process that forks it was killed")
         except OSError as error:
-            self._tell({"is": "refused", "serial": serial, "error": error.strerror})
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            self._tell(f"{REFUSED} {serial} {error.strerror}")
 
-    def _be_middle(self, serial: int, slot: int, end: socket.socket) -> NoReturn:
+    def _be_middle(self, serial: int, slot: int, end: int) -> NoReturn:
         """The master hears the pid before it can see the worker die: it is not its child before we have exited."""
         status = 1
         try:
             pid = os.fork()
             if pid == 0:
                 process.leave(lambda: self._be_worker(slot, end))
-            self._tell({"is": "spawned", "serial": serial, "pid": pid})
+            self._tell(f"{SPAWNED} {serial} {pid}")
             status = 0
         except OSError as error:
-            self._tell({"is": "refused", "serial": serial, "error": error.strerror})
+            self._tell(f"{REFUSED} {serial} {error.strerror}")
             status = 0
         finally:
             os._exit(status)
 
-    def _be_worker(self, slot: int, end: socket.socket) -> None:
+    def _be_worker(self, slot: int, end: int) -> None:
         spec = self.spec
-        lifeline = Lifeline(end)
+        lifeline = Lifeline(socket.socket(fileno=end))
         self.channel.close()
         process.reset_signals()
         process.report_stacks(lifeline)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         setproctitle(f"preforkd: worker {spec.service}#{slot} gen={spec.generation}")
         row = spec.scoreboard.services[spec.service].row(slot)
         process.claim(row, spec.generation)
@@ -126,9 +128,9 @@ class Mold:
             lifeline.failed(explain(error))
             return None
 
-    def _tell(self, message: protocol.Message) -> None:
+    def _tell(self, text: str) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # the master is gone; the next receive says so
-            protocol.send(self.channel, message)
+            protocol.send(self.channel, text)
 
 
 def _wait_for(child: int) -> int:

@@ -17,15 +17,13 @@ from typing import NoReturn
 
 from preforkd_workers.lane import Lane
 from preforkd_workers.lifeline import Lifeline
+from preforkd_workers.protocol import DRAIN, END_OF_FILE, STACKS
 from preforkd_workers.scoreboard import PID, ROW_GENERATION, SERVING, STARTING, STATE
 from preforkd_workers.tally import Tally, ThreadedTally
 
 # What a terminal sends to the whole process group is for the master to act on. A handler that does nothing, not
 # SIG_IGN, which programs started by a request handler would inherit.
 MASTERS_OWN = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGWINCH)
-
-# The signals that a worker answers.
-DRAIN, END_OF_FILE, STACKS = signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1
 
 
 class Worker:

@@ -1,48 +1,57 @@
-"""What master, mold and worker say to each other.
+"""What master, mold and worker say to each other: text, a word and then the rest.
 
-Between master and mold: packets on a SOCK_SEQPACKET pair (unix(7)), JSON objects, descriptors beside them.
-From worker to master: lines of text on its lifeline. A line that begins with none of the words below is a line of a
-stack or a traceback.
+Between master and mold: packets on a SOCK_SEQPACKET pair (unix(7)). From worker to master: lines on its lifeline; a
+line that begins with none of the words is a line of a stack or a traceback.
+
+Whatever a mold and the process in the middle touch between two forks, every worker has a copy of: so this is plain.
 """
 
-import json
+import array
+import signal
 import socket
-from typing import Any
+import sys
 
 # A worker's words on its lifeline.
 READY = "preforkd:ready"  # and its pid
 FAILED = "preforkd:failed"  # the traceback follows
-NOTICE = "preforkd:notice"  # and an event for the log
+NOTICE = "preforkd:notice"  # and an event with its fields, in JSON
 SHUTDOWN = "preforkd:shutdown"  # serve_forever() is to end, a handler says
+
+# A mold's words on its channel, beside READY with the kind of the target, FAILED with the reason, and NOTICE.
+SPAWNED = "preforkd:spawned"  # serial and pid of a worker
+REFUSED = "preforkd:refused"  # serial of a worker that could not be forked, and the reason
+
+# The signals that a worker answers.
+DRAIN, END_OF_FILE, STACKS = signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1
 
 # The longest packet; a longer traceback loses its middle.
 PACKET = 1 << 16
 
-Message = dict[str, Any]
 
-
-def send(channel: socket.socket, message: Message, descriptors: list[int] | None = None) -> None:
-    """Send one message, with descriptors for the other side to own copies of.
+def send(channel: socket.socket, text: str, descriptor: int | None = None) -> None:
+    """Send one packet, with a descriptor for the other side to own a copy of.
 
     Raises BlockingIOError when the channel is full and in non-blocking mode, BrokenPipeError when nobody is there.
     """
-    packet = json.dumps(message).encode()
-    if descriptors:
-        socket.send_fds(channel, [packet], descriptors)
-    else:
-        channel.send(packet)
+    packet = text.encode(errors="backslashreplace")
+    rights = [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+    channel.sendmsg([packet], rights)
 
 
-def receive(channel: socket.socket) -> tuple[Message | None, list[int]]:
-    """Receive one message and its descriptors; ``(None, [])`` at end-of-file.
+def receive(channel: socket.socket) -> tuple[str | None, int | None]:
+    """Receive one packet and the descriptor that came with it; ``(None, None)`` at end-of-file.
 
     Raises BlockingIOError when there is none and the channel is in non-blocking mode.
     """
     try:
-        packet, descriptors, _, _ = socket.recv_fds(channel, PACKET, 1, socket.MSG_CMSG_CLOEXEC)
-    except ConnectionResetError:  # the other side died with messages unread
-        return None, []
-    return (json.loads(packet), descriptors) if packet else (None, [])
+        packet, ancillary, _, _ = channel.recvmsg(PACKET, _SPACE, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:  # the other side died with packets unread
+        return None, None
+    rights = [int.from_bytes(data, sys.byteorder) for _, _, data in ancillary]
+    return (packet.decode() if packet else None), (rights[0] if rights else None)
+
+
+_SPACE = socket.CMSG_SPACE(4)
 
 
 def shorten(text: str, limit: int = PACKET // 4) -> str:
