@@ -52,6 +52,11 @@ class Nursery(Protocol):
         """Whether a worker can be asked for now."""
         ...
 
+    @property
+    def may_tell(self) -> bool:
+        """Whether it may still tell the pid of a worker that it was asked for."""
+        ...
+
     def spawn(self, child: Child, end: socket.socket) -> int | None:
         """Ask for a worker that keeps ``end`` as its end of the lifeline.
 
@@ -138,13 +143,14 @@ class Pool:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         child = self.children[slot] = Child(next(self.serials), slot, self.generation, self.board.row(slot), ours)
+        # Before the fork: a signal handler of the library's user may raise right behind it.
+        self.selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
         with theirs:
             try:
                 pid = self.nursery.spawn(child, theirs)
             except OSError as error:
                 return self.refused(child.serial, error.strerror or str(error))
         self.board.words[SPAWNS] += 1
-        self.selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
         if pid is not None:
             self.spawned(child.serial, pid)
         return None
@@ -256,7 +262,7 @@ class Pool:
 
     def bury_unknown(self) -> None:
         """Take those off the books who died before anybody could tell their pid, once nobody can tell it any more."""
-        if not self.nursery.ready:
+        if not self.nursery.may_tell:
             for child in [each for each in self.children.values() if each.is_mute and each.pid is None]:
                 self._bury(child, None)
 

@@ -250,7 +250,8 @@ _servers: WeakSet[PreForkingMixIn] = WeakSet()
 class _Crew:
     """The pool of one ``serve_forever()``, its selector, and the fork that makes its workers."""
 
-    ready = True
+    ready = True  # we fork ourselves, at once
+    may_tell = False  # and know the pid when that returns
 
     def __init__(self, server: PreForkingMixIn, poll_interval: float | None) -> None:
         self.server = server
