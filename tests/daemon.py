@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
+import pytest
+
 # How long a test waits for what should take milliseconds, in seconds; both cores may be loaded.
 DEADLINE = 20.0
 
@@ -25,6 +27,18 @@ def eventually(condition: Callable[[], object], what: str = "", deadline: float 
     while not condition():
         assert time.monotonic() < end, f"not within {deadline} s: {what or condition}"
         pause.wait(0.005)
+
+
+def unprivileged() -> list[str]:
+    """What to put before a command so that an ordinary user runs it. Skips the test if none can."""
+    if os.geteuid() != 0:
+        return []
+    prefix = ["setpriv", "--reuid=61234", "--regid=61234", "--clear-groups"]
+    try:
+        subprocess.run([*prefix, sys.executable, "-c", "import preforkd"], check=True, capture_output=True, cwd="/")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no ordinary user can run this Python: {error}")
+    return prefix
 
 
 class Log:
@@ -187,6 +201,10 @@ class Daemon:
     def family(self) -> list[int]:
         """Everybody in its session but itself, zombies included."""
         return [pid for pid, fields in _processes() if int(fields[3]) == self.pid and pid != self.pid]
+
+    def alive(self) -> list[int]:
+        """Those who are not merely waiting for somebody to collect their exit status."""
+        return [pid for pid in self.family() if _is_alive(pid)]
 
     def titled(self, title: str) -> list[int]:
         """The pids in its session whose process title begins so: ``worker Upper#``, ``mold Upper``."""

@@ -39,6 +39,10 @@ class Hold(StreamRequestHandler):
         self.wfile.write(b"left\n")
 
 
+def connect(server: Any) -> socket.socket:
+    return socket.create_connection(server.server_address, 20)
+
+
 def ask(address: Any) -> int:
     with socket.create_connection(address, 20) as client:
         return int(client.makefile().read())
@@ -102,7 +106,7 @@ def all_busy() -> None:
     with Server(LOOPBACK, Hold) as server:
         thread = serve_in_thread(server)
         held = [hold(server.server_address) for _ in range(2)]
-        waiting = socket.create_connection(server.server_address, 20)
+        waiting = connect(server)
         seen = server.actions
         eventually(lambda: server.actions > seen + 2, "the loop turns")
         for client, _ in held:
@@ -207,7 +211,7 @@ def shutdown_from_a_handler() -> None:
 
     with PreForkingTCPServer(LOOPBACK, Stop) as server:
         thread = serve_in_thread(server)
-        with socket.create_connection(server.server_address, 20) as client:
+        with connect(server) as client:
             assert client.recv(100) == b"stopping\n"
         thread.join(20)
         assert not thread.is_alive()
@@ -319,7 +323,7 @@ def overridden_below() -> None:
 def one_request() -> None:
     """``handle_request()`` serves exactly one, in a child."""
     with PreForkingTCPServer(LOOPBACK, Pid) as server:
-        clients = [socket.create_connection(server.server_address, 20) for _ in range(2)]
+        clients = [connect(server) for _ in range(2)]
         server.handle_request()
         assert int(clients[0].recv(100)) != os.getpid()
         clients[1].setblocking(False)
@@ -355,10 +359,10 @@ def one_request_too_many() -> None:
     """With ``max_children`` busy, ``handle_request()`` leaves the next in the backlog until its time-out is over."""
     with PreForkingTCPServer(LOOPBACK, Hold) as server:
         server.max_children, server.timeout = 1, 0.05
-        first = socket.create_connection(server.server_address, 20)
+        first = connect(server)
         server.handle_request()
         assert int(first.recv(100))
-        second = socket.create_connection(server.server_address, 20)
+        second = connect(server)
         server.handle_request()
         assert len(server.active_children or ()) == 1
         first.shutdown(socket.SHUT_WR)  # the child has a copy of our end, too
@@ -427,7 +431,7 @@ PROGRAMS = {
     for name, program in list(globals().items())
     if callable(program) and getattr(program, "__module__", None) == __name__ and not isinstance(program, type)
 }
-for helper in ("ask", "hold", "serve_in_thread", "descriptors"):
+for helper in ("connect", "ask", "hold", "serve_in_thread", "descriptors"):
     del PROGRAMS[helper]
 
 if __name__ == "__main__":

@@ -39,6 +39,23 @@ class Pid(BaseRequestHandler):
         self.request.sendall(b"%d\n" % os.getpid())
 
 
+class Orphan(BaseRequestHandler):
+    """Leaves a grandchild behind, and tells its pid."""
+
+    def handle(self) -> None:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            if os.fork() == 0:
+                os.write(writer, b"%d\n" % os.getpid())
+                os._exit(7)
+            os._exit(0)
+        os.waitpid(child, 0)
+        self.request.sendall(os.read(reader, 20))
+        os.close(reader)
+        os.close(writer)
+
+
 class Obey(StreamRequestHandler):
     """Does what the line says: to test what becomes of those who do it."""
 
@@ -96,7 +113,7 @@ class RecordingServer(TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         self.note("verify_request")
-        return request.recv(1, socket.MSG_PEEK) != b"!"
+        return bool(request.recv(1, socket.MSG_PEEK) != b"!")
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.note("process_request")
@@ -137,7 +154,7 @@ def recording(address: Any) -> TCPServer:
 class Page(BaseHTTPRequestHandler):
     """A page that says where it was served."""
 
-    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+    def do_GET(self) -> None:
         body = f"{self.server.server_name} {self.server.server_port}\n".encode()  # type: ignore[attr-defined]
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))

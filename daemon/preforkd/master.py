@@ -67,15 +67,25 @@ class Master:
         """Settle the difference between what is wanted and what is there."""
         for service in self.everyone:
             service.settle()
-        if not self.is_ready:
-            self.judge_boot()
-        elif self.is_stopping and self.exporter and not any(service.pool.children for service in self.services):
+        if self.report_failures() and not self.is_ready and not self.is_stopping:
+            self.exit = Exit.TARGET
+            self.stop(Haste.KILL)
+        elif not self.is_ready and not self.is_stopping and all(service.pool.is_full for service in self.everyone):
+            self.announce()
+        elif (
+            self.is_ready
+            and self.is_stopping
+            and self.exporter
+            and not any(service.pool.children for service in self.services)
+        ):
             self.exporter.stop()
         if monotonic() >= self.next_heartbeat:
             self.beat()
 
     def patience(self) -> float:
         """Until the earliest deadline, in seconds."""
+        if self.is_stopping and not self.is_waited_for:
+            return 0.0
         earliest = min(service.wake_at() for service in self.everyone)
         return max(0.0, min(earliest, self.next_heartbeat) - monotonic())
 
@@ -84,17 +94,13 @@ class Master:
         """Whether somebody is left whom we wait for: ``block_on_close`` of the service says whether we do."""
         return any(service.is_waited_for for service in self.everyone)
 
-    def judge_boot(self) -> None:
-        """Announce that every service has its workers, or stop because one cannot have any."""
-        failed = [service for service in self.everyone if service.failure]
-        if failed and not self.is_stopping:
-            for service in failed:
-                log.event("boot_failed", service=service.name, target=service.spec.target)
-                log.text(service.name, service.failure or "")
-            self.exit = Exit.TARGET
-            self.stop(Haste.KILL)
-        elif not self.is_stopping and all(service.pool.is_full for service in self.everyone):
-            self.announce()
+    def report_failures(self) -> bool:
+        """Say which targets could not be started since the last time, and why; whether there was any."""
+        failures = {service: failure for service in self.everyone if (failure := service.take_failure())}
+        for service, failure in failures.items() if not self.is_stopping else ():
+            log.event("boot_failed", service=service.name, target=service.spec.target)
+            log.text(service.name, failure)
+        return bool(failures)
 
     def announce(self) -> None:
         """Say that we are ready, in every way that a supervisor may want."""

@@ -57,8 +57,13 @@ class Mold:
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def hang_up(self) -> None:
+        """Ask for nothing more: the mold leaves when it has answered what it was asked for."""
+        with suppress(OSError):  # it has left already
+            self.channel.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
-        """Hang up: the mold leaves."""
+        """Let go of it: the mold leaves."""
         self.channel.close()
 
 

@@ -14,7 +14,7 @@ from preforkd.backlog import sample
 from preforkd.children import Child
 from preforkd.listeners import Bound
 from preforkd.molds import Mold
-from preforkd.plan import Timeouts, pause
+from preforkd.plan import KILL_TIMEOUT, Timeouts, pause
 from preforkd.pool import Pool
 from preforkd_workers import protocol
 from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard, Section
@@ -84,6 +84,10 @@ class Service:
     def ready(self) -> bool:
         return self.mold is not None and self.mold.ready
 
+    @property
+    def may_tell(self) -> bool:
+        return self.ready
+
     def spawn(self, child: Child, end: socket.socket) -> int | None:
         assert self.mold is not None
         self.mold.ask(child.serial, child.slot, end)
@@ -96,26 +100,26 @@ class Service:
         if self.mold is None:
             if self.pool.size and monotonic() >= self.mold_not_before:
                 self._fork_mold()
-        elif not self.mold.ready and self.mold.cause is None and monotonic() >= self._mold_deadline(self.mold):
-            self.mold.cause = "boot"
-            self.boot_failure = f"the import of {self.spec.target} took longer than boot_timeout; see its stack above"
-            self._log("kill", self.mold, cause="boot", signal="SIGABRT")
-            self.mold.kill(signal.SIGABRT)
+        elif monotonic() >= self.mold.deadline:
+            self._kill(self.mold)
         self.pool.settle()
 
     def wake_at(self) -> float:
         if self.mold is None:
             return min(self.pool.wake_at(), self.mold_not_before if self.pool.size else float("inf"))
-        if not self.mold.ready and self.mold.cause is None:
-            return min(self.pool.wake_at(), self._mold_deadline(self.mold))
-        return self.pool.wake_at()
+        return min(self.pool.wake_at(), self.mold.deadline)
 
-    def _mold_deadline(self, mold: Mold) -> float:
-        return mold.born + self.settings.boot_timeout
+    def _kill(self, mold: Mold) -> None:
+        """Kill a mold that takes too long: to boot, and then first with a signal that leaves its stack; or to leave."""
+        number = signal.SIGKILL if mold.cause else signal.SIGABRT
+        mold.deadline = float("inf") if mold.cause else monotonic() + KILL_TIMEOUT
+        mold.cause = mold.cause or "boot"
+        self._log("kill", mold, cause=mold.cause, signal=number.name)
+        mold.kill(number)
 
     def _fork_mold(self) -> None:
         try:
-            self.mold = Mold(self.spec)
+            self.mold = Mold(self.spec, self.settings.boot_timeout)
         except OSError as error:
             self._hold_back(failed=True)
             log.event(
@@ -137,7 +141,7 @@ class Service:
     def _heard(self, mold: Mold, word: str, rest: str) -> None:
         match word:
             case protocol.READY:
-                mold.ready = True
+                mold.ready, mold.deadline = True, float("inf")
                 self._log("mold_ready", mold, kind=rest, seconds=round(monotonic() - mold.born, 3))
             case protocol.FAILED:
                 self.boot_failure = rest
@@ -154,6 +158,7 @@ class Service:
     def reap(self, pid: int) -> bool:
         """Collect the exit status of this pid, if it is one of the service's own. Whether it was."""
         if self.mold is not None and self.mold.pid == pid:
+            self.leaving.discard(pid)
             self._mold_died(self.mold, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         elif pid in self.leaving:
             os.waitpid(pid, 0)
@@ -168,7 +173,11 @@ class Service:
         self.pool.bury_unknown()
         if self.pool.size:
             how = f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"status {exitcode}"
-            if not mold.ready and self.boot_failure is None:
+            if mold.cause == "boot":
+                self.boot_failure = (
+                    f"the import of {self.spec.target} took longer than boot_timeout; see its stack above"
+                )
+            elif not mold.ready and self.boot_failure is None:
                 self.boot_failure = f"{self.spec.target}: the import ended the process ({how})"
             self._hold_back(failed=not mold.ready)
             self._log("mold_exit", mold, how=how, retry_in=f"{max(0.0, self.mold_not_before - monotonic()):.1f}s")
@@ -180,11 +189,20 @@ class Service:
         self.mold = None
 
     def stop(self) -> None:
-        """Want no workers any more, and so no mold. It holds nothing: killing it is the surest."""
+        """Want no workers any more, and so no mold. It holds nothing: killing it is the surest.
+
+        But one that is forking a worker is given the time to tell its pid, or nobody would reap it.
+        """
         self.pool.size = 0
-        if self.mold is not None:
+        if self.mold is None:
+            return
+        self.leaving.add(self.mold.pid)
+        if self.mold.ready and any(child.pid is None for child in self.pool.children.values()):
+            self.mold.cause = self.mold.cause or "operator"
+            self.mold.deadline = min(self.mold.deadline, monotonic() + KILL_TIMEOUT)
+            self.mold.hang_up()
+        else:
             self.mold.kill(signal.SIGKILL)
-            self.leaving.add(self.mold.pid)
             self._let_go_of(self.mold)
 
     @property
@@ -192,10 +210,11 @@ class Service:
         """Whether the master stays for the service's processes."""
         return bool(self.leaving) or (self.settings.block_on_close and bool(self.pool.children))
 
-    @property
-    def failure(self) -> str | None:
-        """Why the target could not be started, if so."""
-        return self.boot_failure or self.pool.boot_failure
+    def take_failure(self) -> str | None:
+        """Why the target could not be started since the last time, if so."""
+        failure = self.boot_failure or self.pool.boot_failure
+        self.boot_failure = self.pool.boot_failure = None
+        return failure
 
     def _hold_back(self, *, failed: bool) -> None:
         """Fork the next mold at once when this one had worked, later and later when it had not."""

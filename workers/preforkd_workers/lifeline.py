@@ -24,6 +24,12 @@ class Lifeline:
     def fileno(self) -> int:
         return self._end.fileno()
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the master has hung up already."""
+        readable, _, _ = select.select([self._end], [], [], 0)
+        return bool(readable)
+
     def ready(self) -> None:
         self._say(f"{READY} {os.getpid()}\n")
 

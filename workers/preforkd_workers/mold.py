@@ -105,12 +105,14 @@ class Mold:
         process.reset_signals()
         process.report_stacks(lifeline)
         setproctitle(f"preforkd: worker {spec.service}#{slot} gen={spec.generation}")
-        row = spec.scoreboard.services[spec.service].row(slot)
-        process.claim(row, spec.generation)
         try:
             be_adopted(spec.master)
         except ProcessLookupError:
             return
+        if lifeline.is_cut:  # the mold died before the master heard of us: the slot, and its row, may be another's
+            return
+        row = spec.scoreboard.services[spec.service].row(slot)
+        process.claim(row, spec.generation)
         target = self.target or self._import_in_worker(lifeline)
         if target is None:
             sys.exit(1)
