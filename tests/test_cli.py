@@ -233,7 +233,7 @@ def test_ready_is_a_newline_on_the_ready_fd_and_nobody_keeps_it_open(serve: Serv
         daemon = serve(*UPPER, "--ready-fd", writer, pass_fds=[writer], ready=False)
         os.close(writer)
         assert announced.read() == b"\n"
-        assert len(daemon.workers()) == 4
+        assert len(daemon.titled("worker Upper#")) == 4
 
 
 def test_ready_is_logged_once_when_every_worker_is(serve: Serve) -> None:

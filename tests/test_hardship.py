@@ -97,7 +97,7 @@ def test_a_handler_that_ends_its_worker_is_counted_and_the_worker_replaced(
     assert (" lost=1 " in said) == (outcome == "killed")
     after = int(daemon.ask(b"pid\n"))
     assert after != before
-    assert daemon.workers("Obey") == [after]
+    eventually(lambda: daemon.workers("Obey") == [after])  # it may serve before the master has logged it
     eventually(lambda: outcomes(daemon, "Obey") == {"ok": 2, outcome: 1})
     assert exits(daemon, "Obey") == {reason: 1}
     if order == b"segfault":

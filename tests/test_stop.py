@@ -274,6 +274,7 @@ def test_usr1_writes_the_state_of_every_lane_and_all_stacks_to_the_log(serve: Se
         assert daemon.stop(signal.SIGINT) == 0
     who = {match[1] for match in daemon.log.matches(r"^(\w+#\d)\| .*most recent call first")}
     assert who == {"Obey#0", "Obey#1", "Obey#2", "metrics#0"}
+    assert not daemon.log.matches(r'File ".*/(preforkd/|preforkd_workers/(?!lane\.py))')  # nothing below the lane
 
 
 def test_signals_of_a_terminal_reach_the_whole_group_and_leave_no_traceback(serve: Serve) -> None:
