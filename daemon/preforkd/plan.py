@@ -133,8 +133,11 @@ def wake_at(wanted: Wanted, children: Sequence[Child], timeouts: Timeouts, not_b
 
 
 def pause(failed_starts: int) -> float:
-    """How long a slot stays vacant after n failed starts in a row, in seconds: 1.5ⁿ - 1, at most LONGEST_PAUSE."""
-    return float(min(1.5 ** min(failed_starts, 20) - 1, LONGEST_PAUSE))
+    """How long a slot stays vacant after n failed starts in a row, in seconds: 1.5ⁿ⁻¹ - 1, at most LONGEST_PAUSE.
+
+    One failed start is an accident and costs no time.
+    """
+    return float(min(1.5 ** min(max(failed_starts - 1, 0), 20) - 1, LONGEST_PAUSE))
 
 
 def is_failed_start(age: float, ended: int) -> bool:

@@ -150,7 +150,6 @@ class Pool:
                 pid = self.nursery.spawn(child, theirs)
             except OSError as error:
                 return self.refused(child.serial, error.strerror or str(error))
-        self.board.words[SPAWNS] += 1
         if pid is not None:
             self.spawned(child.serial, pid)
         return None
@@ -168,6 +167,7 @@ class Pool:
         if child is None or child.pid is not None:
             return
         child.pid = pid
+        self.board.words[SPAWNS] += 1
         with suppress(ProcessLookupError):
             child.pidfd = os.pidfd_open(pid)
             self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.bury(child))
@@ -181,9 +181,9 @@ class Pool:
             return
         self._forget(child)
         self._hold_back(child.slot)
-        seconds = round(self.not_before[child.slot] - monotonic(), 1)
+        wait = self._seconds_held_back(child.slot) or "0s"
         advice = "check RLIMIT_NPROC (ulimit -u), the cgroup's pids.max, and memory"
-        self._log("spawn_refused", child, reason=reason, retry_in=f"{seconds}s", advice=advice)
+        self._log("spawn_refused", child, reason=reason, retry_in=wait, advice=advice)
 
     def _kill(self, child: Child, cause: str) -> None:
         """First a signal that leaves the stacks (faulthandler), then the one that nothing withstands."""
@@ -273,22 +273,31 @@ class Pool:
         words = self.board.words
         killed = self.board.settle_row(child.slot)
         words[KILLED] += killed
+        words[SPAWNS] += child.pid is None  # forked after all, though nobody could tell
         cause = _cause(child, status)
         words[EXITS + CAUSES.index(cause)] += 1
         age = monotonic() - child.born
+        if cause == "boot" or (cause == "crash" and is_failed_start(age, child.requests)):
+            self._hold_back(child.slot)
+        else:
+            self.failed_starts.pop(child.slot, None)
+            self.not_before.pop(child.slot, None)
         how = {"status": status} if status is None or status >= 0 else {"signal": signal.Signals(-status).name}
+        lost, wait = killed or None, self._seconds_held_back(child.slot)
         self._log(
-            "worker_exit", child, cause=cause, **how, requests=child.requests, lost=killed or None, age=f"{age:.1f}s"
+            "worker_exit",
+            child,
+            cause=cause,
+            **how,
+            requests=child.requests,
+            lost=lost,
+            age=f"{age:.1f}s",
+            retry_in=wait,
         )
         if child.failure is not None:
             self.boot_failure = "\n".join(child.failure).rstrip()
         elif cause == "boot":
             self.boot_failure = f"a worker {'exited' if status is None else _how(status)} before it was ready"
-        if cause in ("boot", "crash") and (cause == "boot" or is_failed_start(age, child.requests)):
-            self._hold_back(child.slot)
-        else:
-            self.failed_starts.pop(child.slot, None)
-            self.not_before.pop(child.slot, None)
 
     def _hear_last_words(self, child: Child) -> None:
         with suppress(EOFError, BlockingIOError):
@@ -299,6 +308,11 @@ class Pool:
     def _hold_back(self, slot: int) -> None:
         self.failed_starts[slot] = self.failed_starts.get(slot, 0) + 1
         self.not_before[slot] = monotonic() + pause(self.failed_starts[slot])
+
+    def _seconds_held_back(self, slot: int) -> str | None:
+        """For the log; None when the slot is filled again at once."""
+        seconds = self.not_before.get(slot, 0.0) - monotonic()
+        return f"{seconds:.1f}s" if seconds > 0 else None
 
     def _forget(self, child: Child) -> None:
         for descriptor in (child.lifeline.fileno(), child.pidfd):
@@ -312,7 +326,7 @@ class Pool:
 
 
 # A stack begins with what the worker does and ends with how it came to be forked: nobody needs to read that.
-_PLUMBING = re.compile(r'  File ".*/(?:preforkd/|preforkd_workers/(?!lane\.py)|bin/preforkd")')
+_PLUMBING = re.compile(r'  File ".*/(?:preforkd/|preforkd_workers/(?!lane\.py)|bin/preforkd")|  File "<frozen runpy>"')
 
 
 def _is_plumbing(line: str) -> bool:

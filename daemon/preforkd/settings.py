@@ -12,8 +12,8 @@ _DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def _duration(help_text: str, at_most: float = 86400.0) -> Meta:
-    return Meta(ge=0.0, le=at_most, description=help_text, extra={"unit": "s", "suffixes": _DURATIONS})
+def _duration(help_text: str, at_least: float = 0.0, at_most: float = 86400.0) -> Meta:
+    return Meta(ge=at_least, le=at_most, description=help_text, extra={"unit": "s", "suffixes": _DURATIONS})
 
 
 def _size(help_text: str, at_most: int) -> Meta:
@@ -52,7 +52,9 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     )
     allow_reuse_port: Annotated[bool, Meta(description="share the port with other masters (SO_REUSEPORT)")] = False
     max_packet_size: Annotated[int, _size("longest datagram; 0: what the server class says", 1 << 20)] = 0
-    boot_timeout: Annotated[float, _duration("for importing the target, and for a worker to become ready")] = 30.0
+    boot_timeout: Annotated[
+        float, _duration("for importing the target, and for a worker to become ready", at_least=0.1)
+    ] = 30.0
     graceful_timeout: Annotated[float, _duration("for a worker told to stop to finish what it holds")] = 30.0
     eof_timeout: Annotated[float, _duration("after that, with end-of-file for those who wait for their client")] = 5.0
     block_on_close: Annotated[

@@ -15,6 +15,8 @@ from preforkd.listeners import Address, AddressError, parse
 from preforkd.settings import DAEMON, SERVICE, Service, Settings
 
 ENVIRONMENT = "PREFORKD_"
+# What Kubernetes sets in every container beside a Service that is called preforkd: not meant for us.
+_KUBERNETES = ("PREFORKD_SERVICE_HOST", "PREFORKD_SERVICE_PORT", "PREFORKD_PORT")
 EXPORTER = "metrics"  # the service of the exporter; no other may have the name
 
 
@@ -74,7 +76,7 @@ def from_environment(environment: Mapping[str, str]) -> list[Value]:
     return [
         _from_path(variable, variable.removeprefix(ENVIRONMENT).lower().split("__"), raw)
         for variable, raw in sorted(environment.items())
-        if variable.startswith(ENVIRONMENT)
+        if variable.startswith(ENVIRONMENT) and not variable.startswith(_KUBERNETES)
     ]
 
 
