@@ -52,8 +52,8 @@ $(VENV)/test-installed: $(VENV)/installed
 # Debian ships the module ensurepip, which venv needs, in a package of its own.
 .PHONY: venv-module
 venv-module:
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(if $(ROOT),apt-get update -q && \
-	apt-get install -q -y python$(VERSION)-venv,{ echo 'needs the package python$(VERSION)-venv' >&2; exit 1; })
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(if $(ROOT),{ apt-get update -q && \
+	apt-get install -q -y python$(VERSION)-venv; },{ echo 'needs the package python$(VERSION)-venv' >&2; exit 1; })
 
 # Programs that tests use as clients. Without them those tests are skipped, and listed at the end.
 debian-packages:
