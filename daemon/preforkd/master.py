@@ -67,18 +67,14 @@ class Master:
         """Settle the difference between what is wanted and what is there."""
         for service in self.everyone:
             service.settle()
-        if self.report_failures() and not self.is_ready and not self.is_stopping:
+        has_failed = self.report_failures()
+        if self.is_stopping:
+            self.stop_exporter_last()
+        elif has_failed and not self.is_ready:
             self.exit = Exit.TARGET
             self.stop(Haste.KILL)
-        elif not self.is_ready and not self.is_stopping and all(service.pool.is_full for service in self.everyone):
+        elif not self.is_ready and all(service.pool.is_full for service in self.everyone):
             self.announce()
-        elif (
-            self.is_ready
-            and self.is_stopping
-            and self.exporter
-            and not any(service.pool.children for service in self.services)
-        ):
-            self.exporter.stop()
         if monotonic() >= self.next_heartbeat:
             self.beat()
 
@@ -110,6 +106,11 @@ class Master:
         notify.systemd("READY=1", f"STATUS={workers} workers ready", f"MAINPID={os.getpid()}")
         if self.ready_fd:
             notify.newline(self.ready_fd)
+
+    def stop_exporter_last(self) -> None:
+        """Have it show the drain of the others to its end."""
+        if self.exporter and not any(service.pool.children for service in self.services):
+            self.exporter.stop()
 
     def beat(self) -> None:
         """Show that the loop turns, and what waits at the listeners."""
