@@ -64,7 +64,7 @@ class Mold:
 
     def _import(self) -> bool:
         try:
-            self.target = build(self.spec)
+            self.target = self._build()
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             self._tell(f"{FAILED} {protocol.shorten(explain(error))}")
             return False
@@ -102,7 +102,6 @@ class Mold:
         spec = self.spec
         lifeline = Lifeline(socket.socket(fileno=end))
         self.channel.close()
-        process.reset_signals()
         process.report_stacks(lifeline)
         setproctitle(f"preforkd: worker {spec.service}#{slot} gen={spec.generation}")
         try:
@@ -125,10 +124,16 @@ class Mold:
     def _import_in_worker(self, lifeline: Lifeline) -> Target | None:
         """``preload = false``: the worker imports for itself."""
         try:
-            return build(self.spec)
+            return self._build()
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             lifeline.failed(explain(error))
             return None
+
+    def _build(self) -> Target:
+        """Import and construct; then forget what the import has done with signals."""
+        target = build(self.spec)
+        process.reset_signals()
+        return target
 
     def _tell(self, text: str) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # the master is gone; the next receive says so

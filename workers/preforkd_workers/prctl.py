@@ -1,18 +1,19 @@
 """The two calls of prctl(2) that keep a family of processes together."""
 
 import ctypes
-import os
+import errno
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# Without ctypes' copy of errno, and with the types known: every worker makes this call, and keeps what it touches.
+_call = ctypes.CDLL(None).prctl
+_call.argtypes = (ctypes.c_int, *4 * (ctypes.c_ulong,))
 
 
 def _prctl(option: int, argument: int) -> None:
-    if _libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    if _call(option, argument, 0, 0, 0):
+        raise OSError(errno.EINVAL, f"prctl({option}, {argument}) was refused")  # the only error of these two
 
 
 def become_subreaper() -> None:
