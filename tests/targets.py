@@ -3,11 +3,13 @@
 import os
 import socket
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import (
     BaseRequestHandler,
     DatagramRequestHandler,
+    ForkingMixIn,
     StreamRequestHandler,
     TCPServer,
     ThreadingMixIn,
@@ -182,6 +184,41 @@ class TidyUnixServer(UnixStreamServer):
 
 class ThreadingObeyServer(ThreadingMixIn, TCPServer):
     """Threads of its own, inside the worker."""
+
+
+class ForkingObeyServer(ForkingMixIn, TCPServer):
+    """Children of its own, inside the worker."""
+
+
+class ForkAndReturn(BaseRequestHandler):
+    """Forks, and lets parent and child return alike."""
+
+    def handle(self) -> None:
+        if os.fork():
+            os.wait()
+        else:
+            self.request.sendall(b"%d\n" % os.getpid())
+
+
+class SecondServer(BaseRequestHandler):
+    """Asks a server that it runs in a thread of its own."""
+
+    def handle(self) -> None:
+        with TCPServer(("127.0.0.1", 0), Pid) as second:
+            thread = threading.Thread(target=second.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            with socket.create_connection(second.server_address[:2]) as client:  # type: ignore[arg-type]
+                self.request.sendall(client.makefile("rb").read())
+            second.shutdown()
+            thread.join()
+
+
+class BlockingServer(TCPServer):
+    """Wants its listening socket to block."""
+
+    def server_activate(self) -> None:
+        super().server_activate()
+        self.socket.setblocking(True)
 
 
 class UpperUDPServer(UDPServer):

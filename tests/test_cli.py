@@ -159,7 +159,7 @@ def test_check_prints_every_fault_of_every_target(tmp_path: Path) -> None:
 def test_without_a_target_a_sample_is_served_and_it_says_so(serve: Serve) -> None:
     """On its well-known ports, or, where somebody has them, with a message that says so."""
     daemon = serve(ready=False)
-    if daemon.log.wait_for("^(ready|cannot_listen)")[1] == "ready":
+    if daemon.log.wait_for("^(ready|cannot_start)")[1] == "ready":
         assert daemon.url("Upper") == "tcp://127.0.0.1:9999"
         assert daemon.url("metrics") == "tcp://127.0.0.1:9109"
         assert daemon.ask(b"a\nb\n") == b"A\nB\n"

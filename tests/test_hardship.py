@@ -76,10 +76,10 @@ def test_a_handler_that_raises_is_an_error_and_its_worker_serves_on(serve: Serve
 @pytest.mark.parametrize(
     ("order", "outcome", "reason", "how"),
     [
-        (b"exit 0", "error", "drained", "status=0"),
+        (b"exit 0", "error", "crash", "status=0"),
         (b"exit 3", "error", "crash", "status=3"),
         (b"interrupt", "error", "crash", "status=1"),
-        (b"os_exit 0", "killed", "drained", "status=0"),
+        (b"os_exit 0", "killed", "crash", "status=0"),
         (b"os_exit 3", "killed", "crash", "status=3"),
         (b"segfault", "killed", "crash", "signal=SIGSEGV"),
         (b"kill", "killed", "crash", "signal=SIGKILL"),

@@ -43,7 +43,7 @@ def refusal(daemon: Daemon) -> str:
     assert daemon.wait() == 1
     (line,) = daemon.log.lines
     event, reason, *_ = line.split('"')
-    assert event == "cannot_listen reason="
+    assert event == "cannot_start reason="
     return reason
 
 

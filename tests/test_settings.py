@@ -208,7 +208,7 @@ def test_a_key_without_a_service_is_for_all_of_them_and_one_with_a_service_for_t
     [
         ("PREFORKD_MAX_CHILDREN", "0", "at least 1, not '0'"),
         ("PREFORKD_PRELOAD", "maybe", "true or false, not 'maybe'"),
-        ("PREFORKD_MAX_CHILDERN", "1", "unknown setting 'max_childern'"),
+        ("PREFORKD_MAX_CHILDERN", "1", "unknown setting 'max_childern'; did you mean max_children?"),
         ("PREFORKD_METRIC", "1", "unknown setting 'metric'; did you mean metrics?"),
         ("PREFORKD_SERVICES__ECO__PRELOAD", "1", "unknown service 'eco'; did you mean echo?"),
         ("PREFORKD_SERVICES__ECHO__PRELOADS", "1", "unknown setting 'preloads'; did you mean preload?"),

@@ -6,7 +6,9 @@ One thread, one loop, one wait. Signals change what is wanted; ``service_actions
 import os
 import selectors
 import signal
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from time import monotonic, time_ns
 
 from setproctitle import setproctitle
@@ -59,7 +61,12 @@ class Master:
         while not self.is_stopping or self.is_waited_for:
             self.service_actions()
             for key, _ in self.selector.select(self.patience()):
-                key.data()
+                try:
+                    key.data()
+                except Exception:  # a fault of ours: better deaf to one than gone
+                    log.text("master", traceback.format_exc())
+                    with suppress(KeyError, ValueError):
+                        self.selector.unregister(key.fileobj)
         log.event("stopped", status=self.exit.value, seconds=round(monotonic() - self.started, 1))
         return self.exit
 

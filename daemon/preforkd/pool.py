@@ -30,7 +30,8 @@ from preforkd.plan import (
     plan,
     wake_at,
 )
-from preforkd_workers.protocol import DRAIN, END_OF_FILE, FAILED, NOTICE, READY, SHUTDOWN, STACKS
+from preforkd.wakeup import name_of
+from preforkd_workers.protocol import DRAIN, END_OF_FILE, FAILED, LEAVING, NOTICE, READY, SHUTDOWN, STACKS
 from preforkd_workers.scoreboard import (
     CAUSES,
     EXITS,
@@ -124,6 +125,8 @@ class Pool:
 
     def settle(self) -> None:
         """Take the steps that are due."""
+        for child in [each for each in self.children.values() if each.is_mute and each.pidfd < 0]:
+            self.bury(child)
         for step in plan(monotonic(), self.wanted, [*self.children.values()], self.timeouts, self.not_before):
             match step:
                 case Spawn(slot):
@@ -140,7 +143,16 @@ class Pool:
                     self._kill(child, cause)
 
     def _spawn(self, slot: int) -> None:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # the master is out of descriptors
+            self._hold_back(slot)
+            wait = self._seconds_held_back(slot) or "0s"
+            advice = "raise RLIMIT_NOFILE (ulimit -Hn, LimitNOFILE=): the master needs two descriptors a worker"
+            self.journal.event(
+                "spawn_refused", service=self.name, slot=slot, reason=error.strerror, retry_in=wait, advice=advice
+            )
+            return None
         ours.setblocking(False)
         child = self.children[slot] = Child(next(self.serials), slot, self.generation, self.board.row(slot), ours)
         # Before the fork: a signal handler of the library's user may raise right behind it.
@@ -168,7 +180,7 @@ class Pool:
             return
         child.pid = pid
         self.board.words[SPAWNS] += 1
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # out of descriptors: its end is told by that of the lifeline
             child.pidfd = os.pidfd_open(pid)
             self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.bury(child))
         if child.state is State.DRAINING:  # told before anybody knew its pid
@@ -233,6 +245,8 @@ class Pool:
         elif word == NOTICE:
             event, fields = json.loads(rest)
             self._log(event, child, **fields)
+        elif word == LEAVING:
+            child.is_leaving = True
         elif word == SHUTDOWN:
             self.shutdown_asked = True
         elif line and not _is_plumbing(line):
@@ -277,12 +291,13 @@ class Pool:
         cause = _cause(child, status)
         words[EXITS + CAUSES.index(cause)] += 1
         age = monotonic() - child.born
-        if cause == "boot" or (cause == "crash" and is_failed_start(age, child.requests)):
+        is_targets_fault = status is not None and cause in ("boot", "crash")  # and not that of a mold that was killed
+        if is_targets_fault and (cause == "boot" or is_failed_start(age, child.requests)):
             self._hold_back(child.slot)
         else:
             self.failed_starts.pop(child.slot, None)
             self.not_before.pop(child.slot, None)
-        how = {"status": status} if status is None or status >= 0 else {"signal": signal.Signals(-status).name}
+        how = {"status": status} if status is None or status >= 0 else {"signal": name_of(-status)}
         lost, wait = killed or None, self._seconds_held_back(child.slot)
         self._log(
             "worker_exit",
@@ -296,7 +311,7 @@ class Pool:
         )
         if child.failure is not None:
             self.boot_failure = "\n".join(child.failure).rstrip()
-        elif cause == "boot":
+        elif cause == "boot" and is_targets_fault:
             self.boot_failure = f"a worker {'exited' if status is None else _how(status)} before it was ready"
 
     def _hear_last_words(self, child: Child) -> None:
@@ -339,9 +354,10 @@ def _cause(child: Child, status: int | None) -> str:
         return child.cause
     if child.state is State.BOOTING:
         return "boot"
-    told = child.state in (State.DRAINING, State.HALF_CLOSED)
-    return "drained" if status == 0 or (told and status == -DRAIN) else "crash"
+    if child.state in (State.DRAINING, State.HALF_CLOSED) and status in (0, -DRAIN):
+        return "drained"
+    return "drained" if status == 0 and child.is_leaving else "crash"
 
 
 def _how(status: int) -> str:
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+    return f"was killed by {name_of(-status)}" if status < 0 else f"exited with status {status}"

@@ -1,5 +1,6 @@
 """From checked settings to a running master: bind, lay out the scoreboard, serve, and tidy up."""
 
+import os
 import selectors
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,9 +27,11 @@ def serve(checked: Checked) -> Exit:
     if checked.settings.metrics:
         wanted[EXPORTER] = EXPORTER_SERVICE
     with ExitStack() as tidy:
-        bound, refusals = _bind(checked, wanted, tidy)
+        # Before we open anything under a number that was meant to be inherited.
+        missing = _not_passed(checked)
+        bound, refusals = ({}, missing) if missing else _bind(checked, wanted, tidy)
         for refusal in refusals:
-            log.event("cannot_listen", reason=refusal)
+            log.event("cannot_start", reason=refusal)
         if refusals:
             return Exit.SYSTEM
         board = Scoreboard.create(name, [section(each, wanted[each], bound[each]) for each in wanted])
@@ -44,6 +47,23 @@ def serve(checked: Checked) -> Exit:
         return master.serve_forever()
 
 
+def _not_passed(checked: Checked) -> list[str]:
+    """What is wrong with the descriptors that should have been inherited."""
+    asked = [
+        (f"services.{name}.listen: {address.url}", address.number)
+        for name, addresses in checked.addresses.items()
+        for address in addresses
+        if address.scheme == "fd"
+    ]
+    if checked.settings.ready_fd:
+        asked.append((f"ready_fd: {checked.settings.ready_fd}", checked.settings.ready_fd))
+    return [
+        f"{where}: no such descriptor is open; have whoever starts this pass it"
+        for where, number in asked
+        if not os.path.exists(f"/proc/self/fd/{number}")
+    ]
+
+
 def _bind(
     checked: Checked, wanted: Mapping[str, settings.Service], tidy: ExitStack
 ) -> tuple[dict[str, list[Bound]], list[str]]:
@@ -56,7 +76,8 @@ def _bind(
             try:
                 made = bind(address, rules)
             except ListenError as refusal:
-                refusals.append(f"services.{name}.listen: {refusal}")
+                where = name if name == EXPORTER else f"services.{name}.listen"
+                refusals.append(f"{where}: {refusal}")
                 continue
             tidy.callback(made.close)
             bound[name].append(made)

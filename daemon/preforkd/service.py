@@ -16,6 +16,7 @@ from preforkd.listeners import Bound
 from preforkd.molds import Mold
 from preforkd.plan import KILL_TIMEOUT, Timeouts, pause
 from preforkd.pool import Pool
+from preforkd.wakeup import name_of
 from preforkd_workers import protocol
 from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard, Section
 from preforkd_workers.spec import Spec
@@ -82,7 +83,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self.mold is not None and self.mold.ready
+        return self.mold is not None and self.mold.ready and not self.mold.is_mute
 
     @property
     def may_tell(self) -> bool:
@@ -172,7 +173,7 @@ class Service:
         self._let_go_of(mold)
         self.pool.bury_unknown()
         if self.pool.size:
-            how = f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"status {exitcode}"
+            how = f"signal {name_of(-exitcode)}" if exitcode < 0 else f"status {exitcode}"
             if mold.cause == "boot":
                 self.boot_failure = (
                     f"the import of {self.spec.target} took longer than boot_timeout; see its stack above"

@@ -131,7 +131,7 @@ class _Layers:
             return self._fault(value.where, _unknown("service", value.service, self.services))
         is_daemons = value.service is None and value.key in DAEMON
         if not is_daemons and value.key not in SERVICE:
-            known = SERVICE if value.service else DAEMON
+            known = SERVICE if value.service else {**DAEMON, **SERVICE} if value.is_text else DAEMON
             return self._fault(value.where, _unknown("setting", value.key, known))
         if not is_daemons and value.service is None and not value.is_text:
             return self._fault(value.where, f"is a setting of a service: [services.NAME] {value.key} = …")

@@ -28,6 +28,11 @@ class WakeUp:
             return []
 
 
+def name_of(number: int) -> str:
+    """``SIGKILL``; most real-time signals have no name of their own (signal(7))."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
 def hold(signals: Iterable[signal.Signals]) -> set[signal.Signals]:
     """Hold these signals back until they are released. Returns those that were held before."""
     return {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, signals)}

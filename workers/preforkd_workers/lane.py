@@ -12,12 +12,14 @@ A lane is told to stop by its lifeline, never by a flag alone: a wait that a sig
 
 import errno
 import select
+import signal
 import socket
 from collections.abc import Callable
-from socketserver import BaseServer, TCPServer, ThreadingMixIn, UDPServer
+from socketserver import BaseServer, ForkingMixIn, TCPServer, ThreadingMixIn, UDPServer
 from time import monotonic
 from typing import Any
 
+from preforkd_workers import prctl
 from preforkd_workers.adoption import AdoptableSocket
 from preforkd_workers.lifeline import Lifeline
 from preforkd_workers.scoreboard import DRAINING, ERRORS, OK, STATE
@@ -161,6 +163,15 @@ def general_turn(server: Any, tally: Tally) -> Turn:
             raise
         tally.end(OK)
 
+    has_children = isinstance(server, ForkingMixIn)
+    if has_children:
+        finish_request = server.finish_request
+
+        def finish_in_child(request: Any, address: Any) -> None:
+            _tie_child(server)
+            finish_request(request, address)
+
+        server.finish_request = finish_in_child
     server.get_request = probed_get_request
     server.verify_request = probed_verify_request
     setattr(server, working_hook, probed_work)
@@ -172,6 +183,14 @@ def general_turn(server: Any, tally: Tally) -> Turn:
         return taken
 
     return turn
+
+
+def _tie_child(server: Any) -> None:
+    """In a child that ForkingMixIn has forked: outlive the worker, and hold the port, only if nobody waits for it."""
+    if server.block_on_close:
+        prctl.signal_on_parent_death(signal.SIGKILL)
+    elif server.socket.type == socket.SOCK_STREAM:
+        server.socket.close()
 
 
 def _nothing_taken(error: OSError) -> bool:
@@ -204,6 +223,9 @@ class Lane:
 
     def run(self, poll_interval: float | None) -> None:
         """Serve until told to drain. ``poll_interval``, in seconds, is the rhythm of ``service_actions``."""
+        for server in self.servers:
+            if server.socket.type == socket.SOCK_STREAM:
+                server.socket.setblocking(False)  # as the master has made it; a class may have thought otherwise
         turns = [turn_of(server, self.tally) for server in self.servers]
         actions = [s.service_actions for s in self.servers if _overrides(s, BaseServer, "service_actions")]
         with select.epoll() as epoll:
@@ -218,7 +240,7 @@ class Lane:
                 except Starved as error:
                     self._hold_back(error)
                     continue
-                events = epoll.poll(0 if took_any else patience)
+                events = epoll.poll(0 if took_any or self.draining else patience)
                 if any(descriptor == self.lifeline.fileno() for descriptor, _ in events):
                     self.drain()
                 for act in actions:

@@ -12,7 +12,7 @@ import socket
 from contextlib import suppress
 
 from preforkd_workers import prctl
-from preforkd_workers.protocol import FAILED, NOTICE, READY, SHUTDOWN
+from preforkd_workers.protocol import FAILED, LEAVING, NOTICE, READY, SHUTDOWN
 
 
 class Lifeline:
@@ -41,6 +41,10 @@ class Lifeline:
         """Have the master log an event. Never waits: a notice that does not fit is dropped."""
         self._say(f"{NOTICE} {json.dumps([event, fields])}\n")
 
+    def leaving(self) -> None:
+        """Say that this worker drains: if it was not the master who told it so, that is news."""
+        self._say(f"{LEAVING}\n")
+
     def ask_for_shutdown(self) -> None:
         """Ask the process that runs ``serve_forever()`` to leave it."""
         self._say(f"{SHUTDOWN}\n")
@@ -55,19 +59,19 @@ class Lifeline:
             self._end.send(text.encode(errors="backslashreplace"), socket.MSG_DONTWAIT)
 
 
-def be_adopted(master: int) -> None:
+def be_adopted(master: int, middle: int) -> None:
     """Wait until the process ``master`` is our parent, and tie our life to its.
 
-    The middle process of the double fork is our parent until it has exited; the death signal (PR_SET_PDEATHSIG) counts
-    for the parent of that moment, so it is set afterwards, and only then the parent is checked.
+    ``middle``, the process in the middle of the double fork, is our parent until it has exited; the death signal
+    (PR_SET_PDEATHSIG) counts for the parent of that moment, so it is set afterwards, and only then the parent is
+    checked.
     Raises ProcessLookupError when the parent is another one: the master died meanwhile.
     """
-    parent = os.getppid()
-    if parent != master:
-        with suppress(ProcessLookupError):  # it has gone meanwhile
-            middle = os.pidfd_open(parent)
-            select.select([middle], [], [])  # pidfd_open(2): readable when it has terminated
-            os.close(middle)
+    with suppress(ProcessLookupError):  # it has gone already
+        exited = os.pidfd_open(middle)
+        if os.getppid() == middle:  # or else the number may be another's by now
+            select.select([exited], [], [])  # pidfd_open(2): readable when it has terminated
+        os.close(exited)
     prctl.signal_on_parent_death(signal.SIGTERM)
     if os.getppid() != master:
         raise ProcessLookupError(f"the master, pid {master}, is gone")

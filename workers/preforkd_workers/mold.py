@@ -85,11 +85,11 @@ class Mold:
 
     def _be_middle(self, serial: int, slot: int, end: int) -> NoReturn:
         """The master hears the pid before it can see the worker die: it is not its child before we have exited."""
-        status = 1
+        status, middle = 1, os.getpid()
         try:
             pid = os.fork()
             if pid == 0:
-                process.leave(lambda: self._be_worker(slot, end))
+                process.leave(lambda: self._be_worker(slot, end, middle))
             self._tell(f"{SPAWNED} {serial} {pid}")
             status = 0
         except OSError as error:
@@ -98,14 +98,14 @@ class Mold:
         finally:
             os._exit(status)
 
-    def _be_worker(self, slot: int, end: int) -> None:
+    def _be_worker(self, slot: int, end: int, middle: int) -> None:
         spec = self.spec
         lifeline = Lifeline(socket.socket(fileno=end))
         self.channel.close()
         process.report_stacks(lifeline)
         setproctitle(f"preforkd: worker {spec.service}#{slot} gen={spec.generation}")
         try:
-            be_adopted(spec.master)
+            be_adopted(spec.master, middle)
         except ProcessLookupError:
             return
         if lifeline.is_cut:  # the mold died before the master heard of us: the slot, and its row, may be another's

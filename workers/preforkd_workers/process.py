@@ -7,18 +7,17 @@ import faulthandler
 import os
 import signal
 import socket
-import socketserver
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from socketserver import BaseServer, ThreadingMixIn
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from preforkd_workers.lane import Lane
 from preforkd_workers.lifeline import Lifeline
 from preforkd_workers.protocol import DRAIN, END_OF_FILE, STACKS
-from preforkd_workers.scoreboard import PID, ROW_GENERATION, SERVING, STARTING, STATE
+from preforkd_workers.scoreboard import PID, ROW_GENERATION, SERVING, STARTING, STATE, blank_row
 from preforkd_workers.tally import Tally, ThreadedTally
 
 # What a terminal sends to the whole process group is for the master to act on. A handler that does nothing, not
@@ -37,11 +36,18 @@ class Worker:
         self.lane = Lane(servers, lifeline, self.tally)
         for server in servers:
             server.draining = False  # type: ignore[attr-defined]
+        os.register_at_fork(after_in_child=self._be_a_copy)
         signal.signal(DRAIN, lambda *_: self.drain())
         signal.signal(END_OF_FILE, lambda *_: self.end_of_file())
 
+    def _be_a_copy(self) -> None:
+        """In a child that a handler forks: the row and the requests to come are not its own."""
+        self.tally.row = blank_row()
+        self.lane.draining = True
+
     def drain(self) -> None:
         """Step one: take nothing new and finish what is held. Without a parent who would limit that, do it here."""
+        self.lane.lifeline.leaving()
         self.lane.drain()
         if os.getppid() != self.parent:
             faulthandler.dump_traceback_later(self.orphan_timeout, exit=True)
@@ -55,35 +61,39 @@ class Worker:
 
     def serve(self) -> None:
         """Run ``serve_forever`` of each server around the lane, then close them and wait for their threads."""
-        waiting = iter(self.lane.servers)
-        _take_over_serve_forever(waiting, self.lane.run, self.drain)
-        next(waiting).serve_forever()
+        _take_over(self.lane.servers, self.lane.run, self.drain)
+        self.lane.servers[0].serve_forever()
         for server in self.lane.servers:
             server.server_close()
         self.tally.wait()
 
 
-def _take_over_serve_forever(
-    waiting: Iterator[BaseServer], run: Callable[[float], None], stop: Callable[[], None]
-) -> None:
+def _take_over(servers: list[Any], run: Callable[[float], None], stop: Callable[[], None]) -> None:
     """Put the lane where socketserver has its loop, below whatever a class has put around it.
 
     With several servers, the loop of each runs within that of the one before: what a class does before and after its
-    ``super().serve_forever()`` is done for every server.
+    ``super().serve_forever()`` is done for every server. Servers of the target's own, a metrics page in a thread, say,
+    are left alone.
     """
+    their_loop, their_shutdown = BaseServer.serve_forever, BaseServer.shutdown
 
     def serve_forever(self: BaseServer, poll_interval: float = 0.5) -> None:
-        server = next(waiting, None)
-        if server is None:
-            run(poll_interval)
+        position = next((index for index, server in enumerate(servers) if server is self), None)
+        if position is None:
+            their_loop(self, poll_interval)
+        elif position + 1 < len(servers):
+            servers[position + 1].serve_forever(poll_interval)
         else:
-            server.serve_forever(poll_interval)
+            run(poll_interval)
 
     def shutdown(self: BaseServer) -> None:
-        stop()
+        if any(server is self for server in servers):
+            stop()
+        else:
+            their_shutdown(self)
 
-    socketserver.BaseServer.serve_forever = serve_forever  # type: ignore[method-assign]
-    socketserver.BaseServer.shutdown = shutdown  # type: ignore[method-assign]
+    BaseServer.serve_forever = serve_forever  # type: ignore[method-assign]
+    BaseServer.shutdown = shutdown  # type: ignore[method-assign]
 
 
 def reset_signals() -> None:

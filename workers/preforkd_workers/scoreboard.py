@@ -104,7 +104,7 @@ class Service:
     def settle_row(self, index: int) -> int:
         """Take over the row of a dead lane: empty it, and return how many requests died with it."""
         row = self.row(index)
-        killed = row[BEGUN] - ended(row)
+        killed = max(0, row[BEGUN] - ended(row))  # whatever its owner has written there
         row[BEGUN] = ended(row)
         row[STATE], row[PID] = EMPTY, 0
         return int(killed)
