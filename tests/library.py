@@ -416,6 +416,18 @@ def orphaned() -> None:
         server.serve_forever()
 
 
+def orphaned_with_a_client() -> None:
+    """The master is killed while a silent client holds a worker: there is a deadline for that, too."""
+    with PreForkingTCPServer(LOOPBACK, Hold) as server:
+        server.max_children, server.graceful_timeout, server.eof_timeout = 1, 0.1, 0.1
+        if os.fork() == 0:
+            client, _ = hold(server.server_address)
+            os.kill(os.getppid(), signal.SIGKILL)
+            client.recv(100)
+            os._exit(0)
+        server.serve_forever()
+
+
 def buffered_output() -> None:
     """What is in the buffer of standard output at a fork is written once."""
     sys.stdout.write("once\n")

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from preforkd import log, settings
+from preforkd import __version__, log, settings
 from preforkd.exits import Exit
 from preforkd.sources import EXPORTER, Checked, Faults, Value, check, from_environment, from_file, from_pairs
 from preforkd.wakeup import release
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="preforkd", description="Run a socketserver handler, unmodified, as a production daemon."
     )
+    parser.add_argument("--version", action="version", version=f"preforkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|check|settings")
     serve = commands.add_parser("serve", help="run the services in the foreground, until a signal stops them")
     checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")

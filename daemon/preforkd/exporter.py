@@ -2,6 +2,7 @@
 
 import platform
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -89,7 +90,9 @@ class Exporter(ThreadingMixIn, HTTPServer):
         super().close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a client that has gone is no news."""
+        """A client that has gone is no news; anything else is."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     def registry(self) -> CollectorRegistry:
         with self._lock:

@@ -26,9 +26,10 @@ from preforkd.children import Child
 from preforkd.plan import Timeouts
 from preforkd.pool import Pool
 from preforkd.wakeup import held
-from preforkd_workers import process
+from preforkd_workers import prctl, process
 from preforkd_workers.adoption import AdoptableSocket
 from preforkd_workers.lifeline import Lifeline
+from preforkd_workers.protocol import DRAIN
 from preforkd_workers.scoreboard import WORD, Section, Service
 
 __all__ = [
@@ -302,6 +303,7 @@ class _Crew:
                 server.socket.close()
             if server._crew is not None:
                 server._crew.let_go()
+        prctl.signal_on_parent_death(DRAIN)  # sent, too, when the thread that forked us ends, which has hung up by then
         process.claim(child.row, generation=1)
         self.server._work(Lifeline(end), child.row, self.poll_interval)
 
