@@ -17,7 +17,6 @@ class Mold:
     """One mold, from its fork to its end."""
 
     def __init__(self, spec: Spec, boot_timeout: float) -> None:
-        self.spec = spec
         self.ready = False
         self.born = monotonic()
         self.deadline = self.born + boot_timeout  # of the step that it is at: ready, or dead after a signal

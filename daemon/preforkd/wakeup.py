@@ -33,11 +33,6 @@ def name_of(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
-def hold(signals: Iterable[signal.Signals]) -> set[signal.Signals]:
-    """Hold these signals back until they are released. Returns those that were held before."""
-    return {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, signals)}
-
-
 def release(signals: Iterable[signal.Signals]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
