@@ -9,6 +9,7 @@ from typing import Self
 
 import pytest
 
+import preforkd.pool
 from tests.conftest import Serve
 from tests.daemon import Daemon, eventually
 
@@ -303,3 +304,9 @@ def test_strangers_that_were_reparented_to_the_master_are_reaped(serve: Serve) -
     daemon.log.wait_for(rf"^stranger_reaped pid={stranger} status=7")
     eventually(lambda: not daemon.zombies())
     assert len(daemon.workers()) == 2
+
+
+def test_a_stack_hides_our_own_frames_and_no_others() -> None:
+    ours = os.path.dirname(preforkd.pool.__file__)
+    assert preforkd.pool._is_plumbing(f'  File "{ours}/master.py", line 1 in serve_forever')
+    assert not preforkd.pool._is_plumbing('  File "/srv/preforkd/app.py", line 1 in handle')

@@ -31,6 +31,7 @@ from preforkd.plan import (
     wake_at,
 )
 from preforkd.wakeup import name_of
+from preforkd_workers import protocol
 from preforkd_workers.protocol import DRAIN, END_OF_FILE, FAILED, LEAVING, NOTICE, READY, SHUTDOWN, STACKS
 from preforkd_workers.scoreboard import (
     CAUSES,
@@ -146,13 +147,8 @@ class Pool:
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:  # the master is out of descriptors
-            self._hold_back(slot)
-            wait = self._seconds_held_back(slot) or "0s"
             advice = "raise RLIMIT_NOFILE (ulimit -Hn, LimitNOFILE=): the master needs two descriptors a worker"
-            self.journal.event(
-                "spawn_refused", service=self.name, slot=slot, reason=error.strerror, retry_in=wait, advice=advice
-            )
-            return None
+            return self._spawn_refused(slot, error.strerror or str(error), advice)
         ours.setblocking(False)
         child = self.children[slot] = Child(next(self.serials), slot, self.generation, self.board.row(slot), ours)
         # Before the fork: a signal handler of the library's user may raise right behind it.
@@ -192,10 +188,14 @@ class Pool:
         if child is None or child.pid is not None:
             return
         self._forget(child)
-        self._hold_back(child.slot)
-        wait = self._seconds_held_back(child.slot) or "0s"
         advice = "check RLIMIT_NPROC (ulimit -u), the cgroup's pids.max, and memory"
-        self._log("spawn_refused", child, reason=reason, retry_in=wait, advice=advice)
+        self._spawn_refused(child.slot, reason, advice)
+
+    def _spawn_refused(self, slot: int, reason: str, advice: str) -> None:
+        self._hold_back(slot)
+        wait = self._seconds_held_back(slot) or "0s"
+        where = {"service": self.name, "slot": slot, "gen": self.generation}
+        self.journal.event("spawn_refused", **where, reason=reason, retry_in=wait, advice=advice)
 
     def _kill(self, child: Child, cause: str) -> None:
         """First a signal that leaves the stacks (faulthandler), then the one that nothing withstands."""
@@ -341,7 +341,8 @@ class Pool:
 
 
 # A stack begins with what the worker does and ends with how it came to be forked: nobody needs to read that.
-_PLUMBING = re.compile(r'  File ".*/(?:preforkd/|preforkd_workers/(?!lane\.py)|bin/preforkd")|  File "<frozen runpy>"')
+_MASTERS, _WORKERS = (re.escape(os.path.dirname(str(each.__file__))) for each in (log, protocol))
+_PLUMBING = re.compile(rf'  File "(?:{_MASTERS}/|{_WORKERS}/(?!lane\.py|samples\.py)|.*/bin/preforkd"|<frozen runpy>")')
 
 
 def _is_plumbing(line: str) -> bool:

@@ -1,10 +1,8 @@
 """The lane: the accept loop, which takes one request at a time through socketserver's hooks.
 
 A *turn* is one attempt to take a request from a listener. There are three of them: the general one runs socketserver's
-own
-``_handle_request_noblock`` with probes around the hooks, so that whatever a class overrides is called as ever; the
-other two do the same for servers that override none of the hooks in question, without the detours. ``turn_of``
-chooses; the same tests run against all of them.
+own ``_handle_request_noblock`` with probes around the hooks, so that whatever a class overrides is called as ever; the
+other two do the same for servers that override none of the hooks in question, without the detours. ``turn_of`` chooses.
 
 A lane is told to stop by its lifeline, never by a flag alone: a wait that a signal interrupts is taken up again
 (PEP 475) unless something in it has become readable.
@@ -186,7 +184,7 @@ def general_turn(server: Any, tally: Tally) -> Turn:
 
 
 def _tie_child(server: Any) -> None:
-    """In a child that ForkingMixIn has forked: outlive the worker, and hold the port, only if nobody waits for it."""
+    """In a child that ForkingMixIn has forked: die with the worker that waits for it, or outlive it portless."""
     if server.block_on_close:
         prctl.signal_on_parent_death(signal.SIGKILL)
     elif server.socket.type == socket.SOCK_STREAM:
