@@ -45,7 +45,7 @@ def _check(name: str, wanted: settings.Service, addresses: Sequence[Address], ti
     board = Scoreboard.create(name)
     tidy.callback(os.close, board.fd)
     spec = spec_of(name, 1, replace(wanted, preload=True), listeners, board)
-    kind, fault = _import(Mold(spec, wanted.boot_timeout))
+    kind, fault = _import(Mold.fork(spec, wanted.boot_timeout))
     if fault is None:
         print(f"service={name} target={wanted.target} is a {kind}")  # noqa: T201
         for bound in listeners:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from preforkd import __version__, log, settings
 from preforkd.exits import Exit
 from preforkd.sources import EXPORTER, Checked, Faults, Value, check, from_environment, from_file, from_pairs
+from preforkd.succession import STATE_VERSION, VARIABLE, refusal
 from preforkd.wakeup import release
 
 SAMPLE_TARGET = "preforkd_workers.samples:Upper"
@@ -25,6 +26,13 @@ def main(arguments: Sequence[str]) -> int:
         return Exit.STOPPED
     if options.config is not None and (options.target or options.listen):
         parser.error("-c FILE names targets and addresses: give either it, or TARGET and --listen")
+    if options.command == "serve" and VARIABLE in os.environ:
+        from preforkd.serve import resume
+
+        return resume(int(os.environ.pop(VARIABLE)), lambda: _checked(options))
+    if options.command == "check" and options.takes_state not in (None, STATE_VERSION):
+        _complain([f"{sys.executable}, preforkd {__version__}: {refusal(options.takes_state)}; restart it instead"])
+        return Exit.SYSTEM
     try:
         checked = _checked(options)
     except Faults as faults:
@@ -58,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|check|settings")
     serve = commands.add_parser("serve", help="run the services in the foreground, until a signal stops them")
     checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")
+    checked.add_argument("--takes-state", type=int, help=argparse.SUPPRESS)  # from a daemon that wants to upgrade
     commands.add_parser("settings", help="print the reference of all settings")
     for command in (serve, checked):
         _add_options(command)

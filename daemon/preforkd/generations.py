@@ -127,13 +127,18 @@ class Generation:
 
     def _fork(self) -> None:
         try:
-            self.mold = Mold(self.spec, self.settings.boot_timeout)
+            mold = Mold.fork(self.spec, self.settings.boot_timeout)
         except OSError as error:
             self._hold_back(failed=True)
             retry_in = f"{pause(self.failed_molds):.1f}s"
             log.event("mold_refused", service=self.spec.service, reason=error.strerror, retry_in=retry_in)
             return
-        self.selector.register(self.mold.channel, selectors.EVENT_READ, self.hear)
+        self.attend(mold)
+
+    def attend(self, mold: Mold) -> None:
+        """Have this mold, and listen to it."""
+        self.mold = mold
+        self.selector.register(mold.channel, selectors.EVENT_READ, self.hear)
 
     def hear(self) -> None:
         """Act on what the mold has said. Its end is told by its death, not by the end of the channel."""

@@ -4,24 +4,29 @@ One thread, one loop, one wait. Signals change what is wanted; ``service_actions
 """
 
 import os
+import platform
 import selectors
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic, time_ns
 
 from setproctitle import setproctitle
 
-from preforkd import log, notify
+from preforkd import __version__, limits, log, notify
 from preforkd.exits import Exit
+from preforkd.handover import hand_over
 from preforkd.plan import Haste
 from preforkd.reload import Reload, Verdict
 from preforkd.roster import Roster
 from preforkd.settings import MOST_CHILDREN
 from preforkd.sources import Checked
 from preforkd.transaction import Phase
+from preforkd.upgrade import Preflight, execute
 from preforkd.wakeup import WakeUp
 from preforkd_workers.prctl import become_subreaper
 from preforkd_workers.scoreboard import (
@@ -45,6 +50,14 @@ class ReloadWanted:
     tell: list[Callable[[Verdict], None]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class UpgradeWanted:
+    """The upgrade that comes next: by which interpreter, and who is to be told if nothing has changed."""
+
+    python: str
+    tell: list[Callable[[str], None]] = field(default_factory=list)
+
+
 class Master:
     """Serves what is on the roster until nothing is wanted and nobody is left.
 
@@ -64,11 +77,20 @@ class Master:
         self.reload_wanted: ReloadWanted | None = None
         self.tell: list[Callable[[Verdict], None]] = []  # how the reload ends
         self.verdict: Verdict | None = None  # of the last reload
+        self.upgrade_wanted: UpgradeWanted | None = None
+        self.preflight: Preflight | None = None
         self.wakeup = WakeUp(SIGNALS)
         selector.register(self.wakeup, selectors.EVENT_READ, self.answer_signals)
         become_subreaper()
         setproctitle(f"preforkd: master {roster.board.name}")
-        roster.board.daemon[STARTED_AT] = time_ns()
+        roster.board.daemon[STARTED_AT] = roster.board.daemon[STARTED_AT] or time_ns()
+
+    def resume(self, release: str, started: float) -> None:
+        """Go on for a master of this release, and reload."""
+        self.is_ready, self.started = True, started
+        log.event("upgrade", **{"from": release, "to": __version__}, python=platform.python_version(), pid=os.getpid())
+        self.ask_for_reload(tell=partial(self.conclude_upgrade, release))
+        self.reap()
 
     # The loop.
 
@@ -98,6 +120,7 @@ class Master:
         elif not self.is_ready and all(service.pool.is_full for service in self.roster):
             self.announce()
         self.settle_reload()
+        self.settle_upgrade()
         if monotonic() >= self.next_heartbeat:
             self.beat()
 
@@ -106,6 +129,7 @@ class Master:
         if self.is_stopping and not self.is_waited_for:
             return 0.0
         times = [self.next_heartbeat, self.reloading.wake_at() if self.reloading else float("inf")]
+        times.append(self.preflight.deadline if self.preflight else float("inf"))
         return max(0.0, min(*times, *(service.wake_at() for service in self.roster)) - monotonic())
 
     @property
@@ -156,7 +180,7 @@ class Master:
 
     def settle_reload(self) -> None:
         """Begin with the reload that is wanted, take it on, and say how it has ended."""
-        if self.reloading is None and self.reload_wanted is not None and self.is_ready and not self.is_stopping:
+        if self.reload_wanted is not None and self.may_begin:
             wanted, self.reload_wanted = self.reload_wanted, None
             self.tell = wanted.tell
             self.reloading = Reload(self.roster, self.read, wanted.only)
@@ -189,6 +213,56 @@ class Master:
         for tell in self.tell:
             tell(verdict)
 
+    @property
+    def may_begin(self) -> bool:
+        """Whether a reload or an upgrade may begin: never two of them at a time."""
+        return self.is_ready and not self.is_stopping and self.reloading is None and self.preflight is None
+
+    # The upgrade.
+
+    def ask_for_upgrade(self, python: str = sys.executable, tell: Callable[[str], None] | None = None) -> None:
+        """Want another program to take over under our pid; ``tell`` hears why it does not."""
+        before = self.upgrade_wanted.tell if self.upgrade_wanted else []
+        self.upgrade_wanted = UpgradeWanted(python, [*before, *([tell] if tell else [])])
+
+    def settle_upgrade(self) -> None:
+        """Begin with the upgrade that is wanted, and take it on."""
+        if self.upgrade_wanted is None:
+            return None
+        if self.preflight is None and self.may_begin:
+            boot_timeout = sum(service.newest.settings.boot_timeout for service in self.roster.targets)
+            try:
+                self.preflight = Preflight(self.upgrade_wanted.python, boot_timeout, self.selector)
+            except OSError as error:
+                return self.refuse_upgrade(f"{self.upgrade_wanted.python}: {error.strerror}")
+        if self.preflight is not None:
+            self.preflight.settle()
+            if self.preflight.is_over:
+                failure, self.preflight = self.preflight.failure, None
+                self.refuse_upgrade(failure or self.hand_over(self.upgrade_wanted.python))
+        return None
+
+    def hand_over(self, python: str) -> str:
+        """Become another program. Returns only if the system refuses, and why."""
+        log.event("handing_over", python=python)
+        state, needed = hand_over(self.roster, __version__, self.started, {"nofile": limits.inherited()})
+        return f"{python}: {execute(python, state, needed, SIGNALS).strerror}"
+
+    def refuse_upgrade(self, reason: str) -> None:
+        """Say why nothing has changed."""
+        first, *more = reason.splitlines()
+        if more:
+            log.text("upgrade", reason)
+        log.event("upgrade_refused", reason=more[-1] if more else first)
+        tell, self.upgrade_wanted = self.upgrade_wanted.tell if self.upgrade_wanted else [], None
+        for each in tell:
+            each(reason)
+
+    def conclude_upgrade(self, release: str, verdict: Verdict) -> None:
+        """Say how the reload has ended that belongs to an upgrade: the master is another one in any case."""
+        name = "upgrade_done" if verdict.result is Phase.DONE else "upgrade_without_reload"
+        log.event(name, **{"from": release, "to": __version__}, seconds=verdict.seconds)
+
     # Children that have died.
 
     def reap(self) -> None:
@@ -199,7 +273,8 @@ class Master:
         for service in self.roster:
             service.hear_molds()
         while (pid := _next_dead_child()) is not None:
-            if not any(service.reap(pid) for service in self.roster):
+            known = any(service.reap(pid) for service in self.roster)
+            if not known and not (self.preflight is not None and self.preflight.reap(pid)):
                 _, status = os.waitpid(pid, 0)
                 log.event("stranger_reaped", pid=pid, status=os.waitstatus_to_exitcode(status))
 
@@ -226,6 +301,8 @@ class Master:
         if self.reloading is not None:
             self.reloading.stop()
             self.settle_reload()
+        if self.preflight is not None:
+            self.preflight.kill()
         for service in self.roster:
             service.pool.hurry(haste)
             if service is not self.roster.exporter or not self.is_ready:
@@ -236,8 +313,8 @@ class Master:
         self.ask_for_reload()
 
     def upgrade(self) -> None:
-        """Upgrade: not yet."""
-        log.event("upgrade", result="not yet")
+        """Upgrade: what is installed now takes over under the same pid, if it proves that it starts; then reload."""
+        self.ask_for_upgrade()
 
     def dump(self) -> None:
         """Write the state of every lane and the stacks of every worker to the log."""

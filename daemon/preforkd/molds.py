@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
+from typing import Self
 
 from preforkd import limits
 from preforkd.wakeup import held
@@ -16,24 +17,31 @@ from preforkd_workers.spec import Spec
 class Mold:
     """One mold, from its fork to its end."""
 
-    def __init__(self, spec: Spec, boot_timeout: float) -> None:
+    def __init__(self, pid: int, channel: socket.socket, born: float, deadline: float) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.born = born
+        self.deadline = deadline  # of the step that it is at: ready, or dead after a signal
         self.ready = False
-        self.born = monotonic()
-        self.deadline = self.born + boot_timeout  # of the step that it is at: ready, or dead after a signal
         self.cause: str | None = None  # why it was killed, if it was
         self.is_mute = False  # its end of the channel is closed
         self.stack = ""  # what faulthandler has written when it was killed
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    @classmethod
+    def fork(cls, spec: Spec, boot_timeout: float) -> Self:
+        """Fork a mold. Raises OSError when the system refuses."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.channel.setblocking(False)
+            ours.setblocking(False)
             try:
                 with held(signal.valid_signals()):
-                    self.pid = os.fork()
-                    if self.pid == 0:
+                    pid = os.fork()
+                    if pid == 0:
                         _become_mold(spec, theirs)
             except OSError:
-                self.channel.close()
+                ours.close()
                 raise
+        return cls(pid, ours, monotonic(), monotonic() + boot_timeout)
 
     def ask(self, serial: int, slot: int, row_at: int, end: socket.socket) -> None:
         """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""

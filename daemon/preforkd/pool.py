@@ -202,6 +202,20 @@ class Pool:
             self.spawned(child.serial, pid)
         return None
 
+    def adopt(self, child: Child, next_serial: int) -> None:
+        """Have this child of a master before us under the same pid, whose serials end before ``next_serial``."""
+        self.children[child.slot] = child
+        self.serials = count(next_serial)
+        if not child.is_mute:
+            self.selector.register(child.lifeline, selectors.EVENT_READ, lambda: self._hear(child))
+        self._watch(child)
+
+    def _watch(self, child: Child) -> None:
+        with suppress(OSError):  # out of descriptors: its end is told by that of the lifeline
+            if child.pid is not None:
+                child.pidfd = os.pidfd_open(child.pid)
+                self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.bury(child))
+
     def _is_on_the_books(self, child: Child) -> bool:
         """Whether the child is still ours: what a selector reports at a time may concern one that was just buried."""
         return self.children.get(child.slot) is child
@@ -216,9 +230,7 @@ class Pool:
             return
         child.pid = pid
         self.board.words[SPAWNS] += 1
-        with suppress(OSError):  # out of descriptors: its end is told by that of the lifeline
-            child.pidfd = os.pidfd_open(pid)
-            self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.bury(child))
+        self._watch(child)
         if child.state is State.DRAINING:  # told before anybody knew its pid
             child.send(DRAIN)
 

@@ -1,11 +1,11 @@
 """From checked settings to a running master: bind, lay out the scoreboard, serve, and tidy up."""
 
+import os
 import selectors
 from collections.abc import Callable
 
-from preforkd import log
+from preforkd import handover, limits, log
 from preforkd.exits import Exit
-from preforkd.limits import use_all_descriptors
 from preforkd.master import SIGNALS, Master
 from preforkd.roster import Roster, not_passed
 from preforkd.sources import Checked, Faults
@@ -29,15 +29,33 @@ def serve(checked: Checked, read: Callable[[], Checked]) -> Exit:
         except Faults as faults:
             return _cannot_start(faults.lines)
         try:
-            use_all_descriptors()
+            limits.use_all_descriptors()
             for service in roster.load(change):
                 service.roll(checked.settings.max_old_generations)
             roster.commit(change)
-            master = Master(roster, selector, read)
-            release(SIGNALS)
-            return master.serve_forever()
+            return _run(Master(roster, selector, read))
         finally:
             roster.close()
+
+
+def resume(state: int, read: Callable[[], Checked]) -> Exit:
+    """Go on where a master before us under the same pid has handed over, and reload. Signals as for ``serve``."""
+    inherited = handover.read(state)
+    os.close(state)
+    with selectors.DefaultSelector() as selector:
+        roster = handover.take_over(inherited, selector)
+        try:
+            limits.use_all_descriptors(inherited.extras["nofile"])
+            master = Master(roster, selector, read)
+            master.resume(inherited.release, inherited.started)
+            return _run(master)
+        finally:
+            roster.close()
+
+
+def _run(master: Master) -> Exit:
+    release(SIGNALS)
+    return master.serve_forever()
 
 
 def _cannot_start(refusals: list[str]) -> Exit:

@@ -49,10 +49,16 @@ class Service:
 
     def load(self, number: int, wanted: settings.Service, listeners: Sequence[Bound]) -> None:
         """Begin with the next generation: its mold is forked as soon as the service is settled."""
-        spec = spec_of(self.name, number, wanted, listeners, self.scoreboard)
-        self.next = self.generations[number] = Generation(number, wanted, listeners, spec, self.pool, self.selector)
+        self.next = self.restore(number, wanted, listeners)
         self.wanted_before = self.pool.wanted
         self._list_listeners()
+
+    def restore(self, number: int, wanted: settings.Service, listeners: Sequence[Bound]) -> Generation:
+        """Have the record of a generation, with a mold or without."""
+        spec = spec_of(self.name, number, wanted, listeners, self.scoreboard)
+        generation = Generation(number, wanted, listeners, spec, self.pool, self.selector)
+        self.generations[number] = generation
+        return generation
 
     def has_loaded(self) -> Event | None:
         """Whether the mold of the next generation is ready, or has failed."""
