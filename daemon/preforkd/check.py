@@ -1,4 +1,5 @@
-"""``preforkd check``: import every target in a child and say what was found. Nothing is bound, nothing serves."""
+"""``preforkd check``: import every target in a child and say what was found. Nothing is bound, nothing
+serves, and no hook is run."""
 
 import os
 import select
@@ -6,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from time import monotonic
 
 from preforkd import settings
@@ -42,7 +44,8 @@ def _check(name: str, wanted: settings.Service, addresses: Sequence[Address], ti
         return str(error)
     board = Scoreboard.create(name, [section(name, wanted, listeners)])
     tidy.callback(os.close, board.fd)
-    kind, fault = _import(Mold(spec_of(name, wanted, listeners, board, preload=True), wanted.boot_timeout))
+    spec = replace(spec_of(name, wanted, listeners, board, preload=True), is_rehearsal=True)
+    kind, fault = _import(Mold(spec, wanted.boot_timeout))
     if fault is None:
         print(f"service={name} target={wanted.target} is a {kind}")  # noqa: T201
         for bound in listeners:

@@ -18,6 +18,7 @@ from preforkd.plan import KILL_TIMEOUT, Timeouts, pause
 from preforkd.pool import Pool
 from preforkd.wakeup import name_of
 from preforkd_workers import protocol
+from preforkd_workers.hooks import HOOKS
 from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard, Section
 from preforkd_workers.spec import Spec
 
@@ -50,6 +51,7 @@ def spec_of(
         eof_timeout=wanted.eof_timeout,
         scoreboard=board,
         master=os.getpid(),
+        hooks={hook: name for hook in HOOKS if (name := getattr(wanted, hook))},
     )
 
 

@@ -60,6 +60,12 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     block_on_close: Annotated[
         bool, Meta(description="wait for the workers at stop; false: leave them to finish alone")
     ] = True
+    on_mold: Annotated[
+        str, Meta(description="hook, `name` in the target's module or `module:name`: after the import, `f(server)`")
+    ] = ""
+    on_worker_start: Annotated[str, Meta(description="hook: in a worker before it serves, `f(server, slot)`")] = ""
+    on_drain: Annotated[str, Meta(description="hook: in a worker when it is told to drain, `f(server)`")] = ""
+    on_worker_stop: Annotated[str, Meta(description="hook: in a worker after its last request, `f(server)`")] = ""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

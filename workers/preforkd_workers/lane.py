@@ -209,6 +209,7 @@ class Lane:
         self.lifeline = lifeline
         self.tally = tally
         self.draining = False
+        self.on_drain: list[Callable[[], None]] = []  # what to call then, once
         self._starved_notice = 0.0
 
     def drain(self) -> None:
@@ -218,6 +219,11 @@ class Lane:
         for server in self.servers:
             server.draining = True
         self.lifeline.let_go()
+        try:
+            call = self.on_drain.pop()  # in one step: a signal handler may come by here at the same time
+        except IndexError:
+            return
+        call()
 
     def run(self, poll_interval: float | None) -> None:
         """Serve until told to drain. ``poll_interval``, in seconds, is the rhythm of ``service_actions``."""
