@@ -57,7 +57,6 @@ class Worker:
         """In a child that a handler forks: the row and the requests to come are not its own."""
         self.tally.row = blank_row()
         self.lane.draining = True
-        self.lane.on_drain.clear()
         self.hooks = Hooks()
 
     def drain(self) -> None:
