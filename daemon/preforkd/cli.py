@@ -40,9 +40,15 @@ def main(arguments: Sequence[str]) -> int:
         return check_targets(checked)
     from preforkd.serve import serve
 
+    if options.dev:
+        from preforkd import dev
+
+        if not dev.is_possible():
+            _complain([dev.MISSING])
+            return Exit.SYSTEM
     if not (options.target or options.config):
         log.event("sample", target=SAMPLE_TARGET, advice="for your own: preforkd serve TARGET --listen URL")
-    return serve(checked)
+    return serve(checked, dev=options.dev, config=options.config)
 
 
 def _complain(lines: Sequence[str]) -> None:
@@ -57,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"preforkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|check|settings")
     serve = commands.add_parser("serve", help="run the services in the foreground, until a signal stops them")
+    serve.add_argument("--dev", action="store_true", help="reload when a source of the target is saved")
     checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")
     commands.add_parser("settings", help="print the reference of all settings")
     for command in (serve, checked):

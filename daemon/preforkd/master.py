@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic, time_ns
+from typing import Protocol
 
 from setproctitle import setproctitle
 
@@ -23,6 +24,12 @@ from preforkd_workers.scoreboard import HEARTBEAT, STARTED_AT, Scoreboard
 
 # How often the master shows that its loop turns, in seconds.
 HEARTBEAT_EVERY = 1.0
+
+
+class Watcher(Protocol):
+    """A child that is no worker and no mold."""
+
+    def reap(self, pid: int) -> bool: ...
 
 
 class Master:
@@ -43,6 +50,7 @@ class Master:
         self.board = board
         self.selector = selector
         self.ready_fd = ready_fd
+        self.watcher: Watcher | None = None  # in dev mode
         self.started = monotonic()
         self.is_ready = False
         self.is_stopping = False
@@ -136,6 +144,8 @@ class Master:
         for service in self.everyone:
             service.hear_mold()
         while (pid := _next_dead_child()) is not None:
+            if self.watcher is not None and self.watcher.reap(pid):
+                continue
             if not any(service.reap(pid) for service in self.everyone):
                 _, status = os.waitpid(pid, 0)
                 log.event("stranger_reaped", pid=pid, status=os.waitstatus_to_exitcode(status))

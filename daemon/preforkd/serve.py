@@ -20,8 +20,11 @@ EXPORTER_SERVICE = settings.Service(
 )
 
 
-def serve(checked: Checked) -> Exit:
-    """Serve until stopped. Call with the master's signals held, so that none is lost before the loop runs."""
+def serve(checked: Checked, *, dev: bool = False, config: str | None = None) -> Exit:
+    """Serve until stopped. Call with the master's signals held, so that none is lost before the loop runs.
+
+    ``dev``: reload when a source of the target is saved, or the file ``config``.
+    """
     name = checked.settings.name
     wanted = dict(checked.settings.services)
     if checked.settings.metrics:
@@ -43,6 +46,10 @@ def serve(checked: Checked) -> Exit:
         for service in master.everyone:
             for each in service.listeners:
                 log.event("listening", service=service.name, url=each.listener.url)
+        if dev:
+            from preforkd.dev import Watcher
+
+            master.watcher = tidy.enter_context(Watcher(config))
         release(SIGNALS)
         return master.serve_forever()
 
