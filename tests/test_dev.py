@@ -105,16 +105,19 @@ def test_a_file_named_by_its_path_and_the_settings_file_are_watched(serve: Serve
     assert [match[1] for match in changed] == [str(settings), str(app)]
 
 
-def test_a_save_before_the_watcher_watches_is_noticed(serve: Serve, app: Path) -> None:
-    app.write_text(
-        "import os, time\n"
-        "if not os.path.exists('other.py'):\n"
-        "    time.sleep(0.05)  # the time of a file is less exact than that of the clock\n"
-        "    open('other.py', 'w').close()\n" + HANDLER.format(answer="b'1'")
-    )
+def test_a_save_between_the_import_and_the_watch_is_noticed(serve: Serve, app: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "other.py"
+    other.parent.mkdir()
+    other.write_text("answer = b'1'")
+    app.write_text(HANDLER.format(answer="__import__('elsewhere.other').other.answer"))
     daemon = serve("app:Answer", *TCP, *ONE, "--dev")
-    reloads(daemon, 1)
-    assert daemon.log.matches(rf"^dev_changed files={app.with_name('other.py')}")
+    watching(daemon, tmp_path)
+    (watcher,) = daemon.titled("watcher")
+    os.kill(watcher, signal.SIGSTOP)
+    assert daemon.ask(b"") == b"1"
+    save(other, "answer = b'2'")
+    os.kill(watcher, signal.SIGCONT)
+    daemon.log.wait_for(f"^dev_changed files={other}")
 
 
 def test_a_directory_that_is_made_anew_is_watched_again(serve: Serve, app: Path, tmp_path: Path) -> None:
@@ -169,7 +172,9 @@ def test_the_master_has_one_thread_and_does_without_the_library(daemon: Daemon) 
 def test_the_watcher_ends_with_the_master(daemon: Daemon, number: signal.Signals) -> None:
     assert len(daemon.titled("watcher")) == 1
     assert daemon.stop(number) == (-9 if number == signal.SIGKILL else 0)
-    eventually(lambda: not daemon.titled("watcher"), "the watcher has left")
+    if number == signal.SIGKILL:
+        eventually(lambda: not daemon.titled("watcher"), "the watcher has left")
+    assert not daemon.titled("watcher")
     assert not daemon.log.matches("^(stranger_reaped|dev_ended) ")
 
 
