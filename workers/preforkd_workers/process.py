@@ -21,6 +21,7 @@ from preforkd_workers.lane import Lane
 from preforkd_workers.lifeline import Lifeline
 from preforkd_workers.protocol import DRAIN, END_OF_FILE, STACKS, shorten
 from preforkd_workers.scoreboard import PID, ROW_GENERATION, SERVING, STARTING, STATE, blank_row
+from preforkd_workers.single import Drained, Single
 from preforkd_workers.tally import Tally, ThreadedTally
 
 # What a terminal sends to the whole process group is for the master to act on. A handler that does nothing, not
@@ -78,8 +79,9 @@ class Worker:
 
     def serve(self) -> None:
         """Run ``serve_forever`` of each server around the lane, then close them and wait for their threads."""
-        _take_over(self.lane.servers, self.lane.run, self.drain)
-        self.lane.servers[0].serve_forever()
+        _take_over(self.lane, self.drain)
+        with suppress(Drained):
+            self.lane.servers[0].serve_forever()
         if ON_WORKER_STOP in self.hooks:
             for server in self.lane.servers:
                 _finish_requests(server)
@@ -105,14 +107,15 @@ def _finish_requests(server: Any) -> None:
             server.collect_children(blocking=server.block_on_close)
 
 
-def _take_over(servers: list[Any], run: Callable[[float], None], stop: Callable[[], None]) -> None:
+def _take_over(lane: Lane, stop: Callable[[], None]) -> None:
     """Put the lane where socketserver has its loop, below whatever a class has put around it.
 
     With several servers, the loop of each runs within that of the one before: what a class does before and after its
-    ``super().serve_forever()`` is done for every server. Servers of the target's own, a metrics page in a thread, say,
-    are left alone.
+    ``super().serve_forever()`` is done for every server. A class with a loop of its own over ``handle_request()`` finds
+    one turn of the lane there. Servers of the target's own, a metrics page in a thread, say, are left alone.
     """
-    their_loop, their_shutdown = BaseServer.serve_forever, BaseServer.shutdown
+    servers, single = lane.servers, Single(lane)
+    their_loop, their_shutdown, their_turn = BaseServer.serve_forever, BaseServer.shutdown, BaseServer.handle_request
 
     def serve_forever(self: BaseServer, poll_interval: float = 0.5) -> None:
         position = next((index for index, server in enumerate(servers) if server is self), None)
@@ -121,7 +124,14 @@ def _take_over(servers: list[Any], run: Callable[[float], None], stop: Callable[
         elif position + 1 < len(servers):
             servers[position + 1].serve_forever(poll_interval)
         else:
-            run(poll_interval)
+            lane.run(poll_interval)
+
+    def handle_request(self: BaseServer) -> None:
+        is_ours = any(server is self for server in servers)
+        if is_ours and threading.current_thread() is threading.main_thread():
+            single.handle_request(self)
+        else:
+            their_turn(self)
 
     def shutdown(self: BaseServer) -> None:
         if any(server is self for server in servers):
@@ -130,6 +140,7 @@ def _take_over(servers: list[Any], run: Callable[[float], None], stop: Callable[
             their_shutdown(self)
 
     BaseServer.serve_forever = serve_forever  # type: ignore[method-assign]
+    BaseServer.handle_request = handle_request  # type: ignore[method-assign]
     BaseServer.shutdown = shutdown  # type: ignore[method-assign]
 
 
