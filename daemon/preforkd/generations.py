@@ -16,12 +16,19 @@ from preforkd.plan import KILL_TIMEOUT, Timeouts, pause
 from preforkd.pool import Pool, is_plumbing
 from preforkd.wakeup import name_of
 from preforkd_workers import protocol
+from preforkd_workers.hooks import HOOKS
 from preforkd_workers.scoreboard import Scoreboard
 from preforkd_workers.spec import Spec
 
 
 def spec_of(
-    name: str, generation: int, wanted: settings.Service, listeners: Sequence[Bound], board: Scoreboard
+    name: str,
+    generation: int,
+    wanted: settings.Service,
+    listeners: Sequence[Bound],
+    board: Scoreboard,
+    *,
+    is_rehearsal: bool = False,
 ) -> Spec:
     """What a mold is told of the service."""
     return Spec(
@@ -36,6 +43,8 @@ def spec_of(
         eof_timeout=wanted.eof_timeout,
         scoreboard=board,
         master=os.getpid(),
+        hooks={hook: name for hook in HOOKS if (name := getattr(wanted, hook))},
+        is_rehearsal=is_rehearsal,
     )
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic, time_ns
+from typing import Protocol
 
 from setproctitle import setproctitle
 
@@ -42,6 +43,13 @@ from preforkd_workers.scoreboard import (
 HEARTBEAT_EVERY = 1.0
 
 
+class Watcher(Protocol):
+    """A child that is no worker and no mold."""
+
+    def reap(self, pid: int) -> bool: ...
+    def stop(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class ReloadWanted:
     """The reload that comes next: of these services or of all, and who is to be told how it has ended."""
@@ -68,6 +76,7 @@ class Master:
         self.roster = roster
         self.selector = selector
         self.read = read
+        self.watcher: Watcher | None = None  # in dev mode
         self.started = monotonic()
         self.is_ready = False
         self.is_stopping = False
@@ -198,13 +207,13 @@ class Master:
         """Say how a reload has ended: to the log, to the scoreboard, and to those who asked for it."""
         self.verdict = verdict
         result, daemon = verdict.result, self.roster.board.daemon
-        fields: dict[str, object] = {"gen": verdict.generation, "seconds": verdict.seconds}
+        fields: dict[str, object] = {}
         if result is not Phase.DONE and verdict.failed_in is not None:
             first, *more = verdict.reason.splitlines() or [""]
             fields |= {"phase": verdict.failed_in.value, "reason": more[-1] if more else first}
             if more:
                 log.text("reload", verdict.reason)
-        log.event(f"reload_{result.value}", **fields)
+        log.event(f"reload_{result.value}", gen=verdict.generation, **fields, seconds=verdict.seconds)
         if result.value in RESULTS:
             daemon[RELOADS + RESULTS.index(result.value)] += 1
         daemon[RELOAD_NS] = int(verdict.seconds * 1e9)
@@ -246,6 +255,8 @@ class Master:
         """Become another program. Returns only if the system refuses, and why."""
         log.event("handing_over", python=python)
         state, needed = hand_over(self.roster, __version__, self.started, {"nofile": limits.inherited()})
+        if self.watcher is not None:
+            self.watcher.stop()
         return f"{python}: {execute(python, state, needed, SIGNALS).strerror}"
 
     def refuse_upgrade(self, reason: str) -> None:
@@ -274,7 +285,7 @@ class Master:
             service.hear_molds()
         while (pid := _next_dead_child()) is not None:
             known = any(service.reap(pid) for service in self.roster)
-            if not known and not (self.preflight is not None and self.preflight.reap(pid)):
+            if not known and not any(each.reap(pid) for each in (self.preflight, self.watcher) if each is not None):
                 _, status = os.waitpid(pid, 0)
                 log.event("stranger_reaped", pid=pid, status=os.waitstatus_to_exitcode(status))
 

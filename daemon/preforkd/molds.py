@@ -13,6 +13,9 @@ from preforkd.wakeup import held
 from preforkd_workers import protocol
 from preforkd_workers.spec import Spec
 
+# Descriptors that every mold keeps, and its workers with it, beside those that it needs: dev mode's.
+KEPT: set[int] = set()
+
 
 class Mold:
     """One mold, from its fork to its end."""
@@ -81,7 +84,7 @@ def _become_mold(spec: Spec, channel: socket.socket) -> None:
     """In the child: let go of all that is the master's, and never come back."""
     try:
         keep = {0, 1, 2, channel.fileno(), spec.scoreboard.fd, *(each.socket.fileno() for each in spec.listeners)}
-        _close_all_but(keep)
+        close_all_but(keep | KEPT)
         limits.restore()
         channel.setblocking(True)
         from preforkd_workers import mold  # here and not above: the master does without socketserver
@@ -91,7 +94,7 @@ def _become_mold(spec: Spec, channel: socket.socket) -> None:
         os._exit(1)
 
 
-def _close_all_but(keep: Iterable[int]) -> None:
+def close_all_but(keep: Iterable[int]) -> None:
     """Close every descriptor of this process but these: listeners of others, lifelines, the selector's epoll."""
     for number in map(int, os.listdir("/proc/self/fd")):
         if number not in keep:

@@ -2,7 +2,8 @@
 
 import os
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from preforkd import handover, limits, log
 from preforkd.exits import Exit
@@ -13,9 +14,10 @@ from preforkd.wakeup import release
 from preforkd_workers.scoreboard import Scoreboard
 
 
-def serve(checked: Checked, read: Callable[[], Checked]) -> Exit:
+def serve(checked: Checked, read: Callable[[], Checked], watched: Sequence[str] | None = None) -> Exit:
     """Serve until stopped. ``read`` gives the settings anew, for a reload.
 
+    ``watched``: reload when a source of the target is saved, or one of these files; None: nobody looks.
     Call with the master's signals held, so that none is lost before the loop runs.
     """
     # Before we open anything under a number that was meant to be inherited.
@@ -33,12 +35,12 @@ def serve(checked: Checked, read: Callable[[], Checked]) -> Exit:
             for service in roster.load(change):
                 service.roll(checked.settings.max_old_generations)
             roster.commit(change)
-            return _run(Master(roster, selector, read))
+            return _run(Master(roster, selector, read), watched)
         finally:
             roster.close()
 
 
-def resume(state: int, read: Callable[[], Checked]) -> Exit:
+def resume(state: int, read: Callable[[], Checked], watched: Sequence[str] | None = None) -> Exit:
     """Go on where a master before us under the same pid has handed over, and reload. Signals as for ``serve``."""
     inherited = handover.read(state)
     os.close(state)
@@ -48,14 +50,20 @@ def resume(state: int, read: Callable[[], Checked]) -> Exit:
             limits.use_all_descriptors(inherited.extras["nofile"])
             master = Master(roster, selector, read)
             master.resume(inherited.release, inherited.started)
-            return _run(master)
+            return _run(master, watched)
         finally:
             roster.close()
 
 
-def _run(master: Master) -> Exit:
-    release(SIGNALS)
-    return master.serve_forever()
+def _run(master: Master, watched: Sequence[str] | None) -> Exit:
+    with ExitStack() as tidy:
+        if watched is not None:
+            from preforkd.dev import Watcher
+
+            master.watcher = Watcher(watched)
+            tidy.callback(master.watcher.stop)
+        release(SIGNALS)
+        return master.serve_forever()
 
 
 def _cannot_start(refusals: list[str]) -> Exit:
