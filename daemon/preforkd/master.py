@@ -4,8 +4,10 @@ One thread, one loop, one wait. Signals change what is wanted; ``service_actions
 """
 
 import os
+import platform
 import selectors
 import signal
+import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +15,8 @@ from time import monotonic, time_ns
 
 from setproctitle import setproctitle
 
-from preforkd import log, notify
+from preforkd import __version__, commands, log, notify
+from preforkd.control import Control, Request
 from preforkd.exits import Exit
 from preforkd.plan import Haste
 from preforkd.service import Service
@@ -36,7 +39,9 @@ class Master:
         board: Scoreboard,
         selector: selectors.BaseSelector,
         ready_fd: int,
+        control: socket.socket | None = None,
     ) -> None:
+        self.name = name
         self.services = services
         self.exporter = exporter
         self.everyone = [*services, exporter] if exporter else [*services]
@@ -46,8 +51,10 @@ class Master:
         self.started = monotonic()
         self.is_ready = False
         self.is_stopping = False
+        self.sizes_before_drain: dict[str, int] = {}
         self.next_heartbeat = 0.0
         self.exit = Exit.STOPPED
+        self.control = Control(control, selector, lambda request: commands.answer(self, request))
         self.wakeup = WakeUp(SIGNALS)
         selector.register(self.wakeup, selectors.EVENT_READ, self.answer_signals)
         become_subreaper()
@@ -84,13 +91,14 @@ class Master:
             self.announce()
         if monotonic() >= self.next_heartbeat:
             self.beat()
+        self.control.settle()
 
     def patience(self) -> float:
         """Until the earliest deadline, in seconds."""
         if self.is_stopping and not self.is_waited_for:
             return 0.0
         earliest = min(service.wake_at() for service in self.everyone)
-        return max(0.0, min(earliest, self.next_heartbeat) - monotonic())
+        return max(0.0, min(earliest, self.next_heartbeat, self.control.wake_at()) - monotonic())
 
     @property
     def is_waited_for(self) -> bool:
@@ -173,6 +181,21 @@ class Master:
         """Upgrade: not yet."""
         log.event("upgrade", result="not yet")
 
+    # What the control socket asks for.
+
+    def identity(self) -> dict[str, object]:
+        """Who we are."""
+        return {"name": self.name, "pid": os.getpid(), "version": __version__, "python": platform.python_version()}
+
+    def reload_for(self, request: Request, service: str | None) -> None:
+        request.fail("not yet")
+
+    def upgrade_for(self, request: Request) -> None:
+        request.fail("not yet")
+
+    def outcome_for(self, request: Request) -> None:
+        request.fail("not yet")
+
     def dump(self) -> None:
         """Write the state of every lane and the stacks of every worker to the log."""
         for service in self.everyone:
@@ -186,8 +209,40 @@ class Master:
         """One worker less for each service, down to one."""
         self.resize(-1)
 
+    def drain_or_refill(self) -> None:
+        """Have all workers finish and leave, but stay. A second time: have workers again. Not in a terminal."""
+        if _has_terminal():  # whose window has changed: that is what it sends the signal for
+            return
+        if self.is_drained:
+            self.refill()
+        elif self.is_ready:
+            self.drain_workers()
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether no workers are wanted for the time being."""
+        return bool(self.sizes_before_drain)
+
+    def drain_workers(self) -> None:
+        """Want no workers until further notice, but the exporter's."""
+        if self.is_stopping or self.is_drained:
+            return
+        log.event("draining")
+        self.sizes_before_drain = {service.name: service.pool.size for service in self.services}
+        for service in self.services:
+            service.pool.resize(0)
+
+    def refill(self) -> None:
+        """Want as many workers as before the drain."""
+        if self.is_stopping:
+            return
+        log.event("refilling")
+        sizes, self.sizes_before_drain = self.sizes_before_drain, {}
+        for service in self.services:
+            service.pool.resize(sizes.get(service.name, service.pool.size))
+
     def resize(self, by: int) -> None:
-        for service in self.services if not self.is_stopping else ():
+        for service in self.services if not (self.is_stopping or self.is_drained) else ():
             size = min(max(service.pool.size + by, 1), service.board.section.rows)
             log.event("resized", service=service.name, workers=size, before=service.pool.size)
             service.pool.resize(size)
@@ -202,6 +257,7 @@ SIGNALS: Mapping[signal.Signals, Callable[[Master], None]] = {
     signal.SIGUSR2: Master.upgrade,
     signal.SIGTTIN: Master.more,
     signal.SIGTTOU: Master.fewer,
+    signal.SIGWINCH: Master.drain_or_refill,
     signal.SIGCHLD: Master.reap,
 }
 
@@ -210,6 +266,15 @@ def signals_reference() -> str:
     """The table of signals as README shows it."""
     rows = [f"| `{number.name}` | {(do.__doc__ or '').splitlines()[0]} |" for number, do in SIGNALS.items()]
     return "\n".join(["| signal | meaning |", "| --- | --- |", *rows])
+
+
+def _has_terminal() -> bool:
+    """Whether there is a terminal that controls this process (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _next_dead_child() -> int | None:

@@ -2,14 +2,17 @@
 
 import os
 import selectors
+import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 
 from preforkd import log, settings
+from preforkd.control import listen
 from preforkd.exits import Exit
 from preforkd.limits import use_all_descriptors
 from preforkd.listeners import Bound, ListenError, Rules, bind
 from preforkd.master import SIGNALS, Master
+from preforkd.runtime import control_place, make_directory
 from preforkd.service import Service, section
 from preforkd.sources import EXPORTER, Checked
 from preforkd.wakeup import release
@@ -30,6 +33,8 @@ def serve(checked: Checked) -> Exit:
         # Before we open anything under a number that was meant to be inherited.
         missing = _not_passed(checked)
         bound, refusals = ({}, missing) if missing else _bind(checked, wanted, tidy)
+        control, unwilling = _control(checked.settings, tidy)
+        refusals += unwilling
         for refusal in refusals:
             log.event("cannot_start", reason=refusal)
         if refusals:
@@ -39,12 +44,30 @@ def serve(checked: Checked) -> Exit:
         use_all_descriptors()
         services = {each: Service(each, wanted[each], bound[each], board, selector) for each in wanted}
         exporter = services.pop(EXPORTER, None)
-        master = Master(name, [*services.values()], exporter, board, selector, checked.settings.ready_fd)
+        master = Master(name, [*services.values()], exporter, board, selector, checked.settings.ready_fd, control)
         for service in master.everyone:
             for each in service.listeners:
                 log.event("listening", service=service.name, url=each.listener.url)
         release(SIGNALS)
         return master.serve_forever()
+
+
+def _control(wanted: settings.Settings, tidy: ExitStack) -> tuple[socket.socket | None, list[str]]:
+    """The control socket, and why it could not be had although it was asked for."""
+    place = control_place(wanted.name, wanted.control, os.environ)
+    try:
+        if not place.is_configured:
+            make_directory(os.path.dirname(place.path))
+        made = listen(place.path)
+    except (ListenError, OSError) as error:
+        reason = str(error) if isinstance(error, ListenError) else f"{error.filename}: {error.strerror}"
+        if place.is_configured:
+            return None, [f"control: {reason}"]
+        log.event("no_control", reason=reason, advice="say where: --control PATH")
+        return None, []
+    tidy.callback(made.close)
+    log.event("control", path=place.path)
+    return made.listener.socket, []
 
 
 def _not_passed(checked: Checked) -> list[str]:

@@ -74,7 +74,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metrics: Annotated[
         str, Meta(description="address of the exporter, `/metrics`, `/healthz`, `/readyz`; empty: none")
     ] = ""
-    control: Annotated[str, Meta(description="path of the control socket; not used yet")] = ""
+    control: Annotated[str, Meta(description="path of the control socket; empty: in the runtime directory")] = ""
     ready_fd: Annotated[
         int, Meta(ge=0, le=65535, description="descriptor to write a newline to when ready, as s6 wants it; 0: none")
     ] = 0
