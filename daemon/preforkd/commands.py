@@ -246,7 +246,7 @@ class _Troubles:
         match record:
             case {"event": "boot_failed", "service": str(name)} if name in self.services:
                 self._failing = name
-                self.failure = f"{name}: its target could not be started\n"
+                self.failure = f"{name}: its target could not be started; it goes on trying\n"
             case {"event": "text", "of": of, "text": text} if of == self._failing:
                 self.failure += f"{text}\n"
             case {"event": "spawn_refused" | "mold_refused", "service": str(name), "reason": reason} if (

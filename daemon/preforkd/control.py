@@ -242,7 +242,7 @@ class _Client:
         except ValueError as error:
             return self.answered({"ok": False, "error": str(error)})
         self.request = Request(self, do, arguments)
-        return self.request.begin(self.control.answer)
+        return self.control.ask(self.request)
 
     def answered(self, fields: dict[str, object]) -> None:
         """The last line that a request is answered with."""
@@ -290,13 +290,15 @@ class Control:
     ) -> None:
         self.listener = listener
         self.selector = selector
-        self.answer = answer
+        self._answer = answer
         self.clients: set[_Client] = set()
+        self._has_asked = False  # somebody, and what was asked for is not settled yet
         self.accept_at = 0.0 if listener is not None else float("inf")
         self._accepts = False
 
     def settle(self) -> None:
         """Answer whom it is time to answer. To be called on every turn of the loop."""
+        self._has_asked = False
         if not self._accepts and self.listener is not None and monotonic() >= self.accept_at:
             self._accepts = True
             self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
@@ -305,8 +307,15 @@ class Control:
 
     def wake_at(self) -> float:
         """When ``settle`` will have something to do although nothing comes."""
+        if self._has_asked:
+            return 0.0
         accept_at = float("inf") if self._accepts else self.accept_at
         return min([accept_at, *(client.wake_at() for client in self.clients)])
+
+    def ask(self, request: Request) -> None:
+        """Have the request answered, and the loop turn once more for what that has changed."""
+        self._has_asked = True
+        request.begin(self._answer)
 
     def close(self) -> None:
         """Hang up on everybody."""

@@ -28,7 +28,7 @@ def directories(name: str, environment: Mapping[str, str]) -> list[str]:
 def parents(environment: Mapping[str, str]) -> list[str]:
     """Where the directories of all daemons are: the user's own, then the system's."""
     own = environment.get("XDG_RUNTIME_DIR", "")
-    return [os.path.join(parent, "preforkd") for parent in (own, _SYSTEM) if parent]
+    return [os.path.join(parent, "preforkd") for parent in (own, _SYSTEM) if os.path.isabs(parent)]
 
 
 def control_place(name: str, configured: str, environment: Mapping[str, str]) -> Place:
