@@ -448,8 +448,8 @@ def test_the_window_of_a_terminal_may_change_its_size(tmp_path: Path) -> None:
     daemon = subprocess.Popen(
         command, stdin=theirs, stderr=subprocess.PIPE, env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     )
+    assert daemon.stderr is not None
     try:
-        assert daemon.stderr is not None
         said = Log(iter(daemon.stderr.readline, b""))
         said.wait_for("^ready")
         os.close(theirs)
@@ -461,7 +461,7 @@ def test_the_window_of_a_terminal_may_change_its_size(tmp_path: Path) -> None:
         daemon.terminate()
         assert daemon.wait(DEADLINE) == 0
         said.finish()
-        daemon.stderr.close()  # type: ignore[union-attr] - it is a pipe
+        daemon.stderr.close()
         os.close(ours)
 
 
@@ -478,9 +478,11 @@ def controlled(
         control = Control(bound.listener.socket, selector, answer)
 
         def turn() -> None:
-            control.settle()
             for key, _ in selector.select(max(0.0, min(control.wake_at() - monotonic(), DEADLINE))):
                 key.data()
+            control.settle()
+
+        control.settle()
 
         yield control, str(tmp_path / "x.sock"), turn
         control.close()
@@ -519,14 +521,10 @@ def test_what_is_waited_for_has_a_deadline(tmp_path: Path) -> None:
     def never(request: Request) -> None:
         request.wait(lambda: None, monotonic() + 0.05, lambda: request.fail("too late"))
 
-    with controlled(tmp_path, never) as (control, path, turn), Client(path) as client:
+    with controlled(tmp_path, never) as (_, path, turn), Client(path) as client:
         client.send(PING)
-        client.socket.setblocking(False)
-        for _ in range(10):
+        while not _readable(client):
             turn()
-            if control.clients and not any(each.request for each in control.clients) and _readable(client):
-                break
-        client.socket.settimeout(DEADLINE)
         assert client.hear() == {"ok": False, "error": "too late"}
 
 
