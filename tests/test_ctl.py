@@ -504,25 +504,34 @@ def test_bash_completes(typed: str, wanted: str) -> None:
     assert len(result.stdout.split()) <= 2
 
 
-def test_bash_completes_at_the_tab_key() -> None:
+BASH = (["bash", "--norc", "--noprofile", "-i"], f'. "{COMPLETIONS}/preforkctl.bash"')
+ZSH = (["zsh", "-f", "-i"], f'fpath=("{COMPLETIONS}" $fpath); autoload -Uz compinit; compinit -u -D')
+
+
+@pytest.mark.parametrize(
+    ("shell", "load"),
+    [
+        pytest.param(*BASH, id="bash"),
+        pytest.param(*ZSH, id="zsh", marks=pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")),
+    ],
+)
+def test_a_shell_completes_at_the_tab_key(shell: list[str], load: str) -> None:
     ours, theirs = os.openpty()
-    command = ["bash", "--norc", "--noprofile", "-i"]
-    shell = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    process = subprocess.Popen(shell, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     with os.fdopen(ours, "rb", buffering=0) as terminal:
-        load = f'. "{COMPLETIONS}/preforkctl.bash"; preforkctl() {{ echo "ran:$1:"; }}\n'
-        os.write(ours, f"{load}preforkctl rel\t\nexit\n".encode())
-        said = b""
-        try:
-            while b"ran:reload:" not in said:
+
+        def see(mark: bytes) -> None:
+            said = b""
+            while mark not in said:
                 said += terminal.read(4096)
+
+        try:
+            os.write(ours, f"{load}; preforkctl() {{ echo ran:$*:; }}; echo load''ed\n".encode())
+            see(b"loaded")
+            for typed, completed in (("rel", "reload"), ("mail rel", "mail reload"), ("events --f", "events --follow")):
+                os.write(ours, f"preforkctl {typed}\t\n".encode())
+                see(f"ran:{completed}:".encode())
         finally:
-            shell.kill()
-            shell.wait()
-
-
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh (Debian: zsh)")
-def test_zsh_accepts_its_completion() -> None:
-    script = 'fpath=("$1" $fpath); autoload -Uz compinit && compinit -u -D; [[ -n ${_comps[preforkctl]} ]]'
-    command = ["zsh", "-f", "-c", script, "zsh", str(COMPLETIONS)]
-    assert subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE).returncode == 0
+            process.kill()
+            process.wait()

@@ -39,7 +39,7 @@ def zsh() -> str:
     """For a file ``_preforkctl`` in a directory of ``fpath``."""
     described = "\n".join(f"        {_quoted(f'{name}:{command.help}')}" for name, command in COMMANDS.items())
     cases = "\n".join(
-        f"        {name}) _arguments {' '.join(map(_quoted, _options(command)))} ;;"
+        f"        {name}) flags=({' '.join(map(_quoted, _described_flags(command)))}) ;;"
         for name, command in COMMANDS.items()
     )
     return f"""\
@@ -49,12 +49,14 @@ _preforkctl() {{
     local -a commands=(
 {described}
     )
+    local -a flags
     local each
     for each in ${{words[2,CURRENT-1]}}; do
         case $each in
 {cases}
         *) continue ;;
         esac
+        _describe -o option flags
         return
     done
     if [[ ${{words[CURRENT-1]}} == (-s|--socket) ]]; then
@@ -67,9 +69,9 @@ _preforkctl "$@"
 """
 
 
-def _options(command: Command) -> list[str]:
+def _described_flags(command: Command) -> list[str]:
     helps = {flag: argument.help for argument in command.arguments for flag in argument.flags}
-    return [f"{flag}[{helps.get(flag, 'as JSON')}]" for flag in _flags(command)] + ["*: :"]
+    return [f"{flag}:{helps.get(flag, 'as JSON')}" for flag in _flags(command)]
 
 
 def _quoted(text: str) -> str:
