@@ -8,12 +8,11 @@ import os
 import selectors
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from preforkd import settings
+from preforkd import __version__, limits, settings
 from preforkd.children import Child
 from preforkd.generations import Generation
 from preforkd.listeners import Bound, parse
@@ -97,39 +96,40 @@ class Inheritance(Struct):
     settings: settings.Settings
     listeners: list[_Listener]
     services: list[_Service]
-    extras: dict[str, Any]  # of the daemon around the roster: descriptors by name, the manager's environment, …
+    control: _Listener | None
+    sizes_before_drain: dict[str, int]
+    nofile: tuple[int, int]  # the limit that the daemon was started with, soft and hard
 
 
-def hand_over(roster: Roster, release: str, started: float, extras: dict[str, Any]) -> tuple[int, list[int]]:
+def hand_over(
+    roster: Roster, control: Bound | None, started: float, sizes_before_drain: dict[str, int]
+) -> tuple[int, list[int]]:
     """Write the state to a memfd. Returns its descriptor, and those that the successor needs, it among them."""
-    listeners = [
-        _Listener(
-            bound.listener.socket.fileno(),
-            bound.listener.url,
-            bound.address.url,
-            _service_of(roster, bound),
-            bound.path,
-            bound.inode,
-        )
-        for bound in roster.bound
-    ]
+    listeners = [_listener(bound, _service_of(roster, bound)) for bound in roster.bound]
     places = {id(bound): place for place, bound in enumerate(roster.bound)}
     services = [_service(service, service in roster.leaving, places) for service in roster]
     state = Inheritance(
         STATE_VERSION,
-        release,
+        __version__,
         started,
         roster.board.fd,
         roster.generation,
         roster.checked.settings,
         listeners,
         services,
-        extras,
+        _listener(control, "") if control else None,
+        sizes_before_drain,
+        limits.inherited(),
     )
     fd = os.memfd_create("preforkd-state")
     os.pwrite(fd, msgspec.json.encode(state), 0)
     needed = [fd, state.board, *(each.fd for each in listeners), *_descriptors(services)]
-    return fd, needed
+    return fd, needed + ([state.control.fd] if state.control else [])
+
+
+def _listener(bound: Bound, service: str) -> _Listener:
+    number, url = bound.listener.socket.fileno(), bound.listener.url
+    return _Listener(number, url, bound.address.url, service, bound.path, bound.inode)
 
 
 def _descriptors(services: list[_Service]) -> Iterator[int]:
@@ -217,6 +217,11 @@ def take_over(state: Inheritance, selector: selectors.BaseSelector) -> Roster:
         else:
             roster.services[told.name] = service
     return roster
+
+
+def control(state: Inheritance) -> Bound | None:
+    """The control socket, as the predecessor has left it."""
+    return _bound(state.control, state) if state.control else None
 
 
 def _bound(told: _Listener, state: Inheritance) -> Bound:
