@@ -15,16 +15,18 @@ from msgspec import Struct
 from preforkd import __version__, limits, settings
 from preforkd.children import Child
 from preforkd.generations import Generation
-from preforkd.listeners import Bound, parse
+from preforkd.listeners import Address, Bound, Rules, parse
 from preforkd.molds import Mold
 from preforkd.plan import State, Wanted
 from preforkd.pool import Pool
 from preforkd.roster import Roster, rules_of
 from preforkd.service import Service
 from preforkd.sources import EXPORTER, Checked
-from preforkd.succession import STATE_VERSION, refusal
 from preforkd_workers.scoreboard import Scoreboard
 from preforkd_workers.spec import Listener
+
+# To be raised with every change of what follows, of the scoreboard's layout, or of the protocol with molds and workers.
+STATE_VERSION = 1
 
 
 class _Listener(Struct):
@@ -192,6 +194,22 @@ def _child(child: Child) -> _Child:
 # The other side.
 
 
+def refusal(version: object) -> str:
+    """What is said of a state that we cannot take over."""
+    return f"the daemon that runs hands over a state of version {version}, and this takes over version {STATE_VERSION}"
+
+
+def rehearse(fd: int) -> str | None:
+    """Why we could not take over the state in this descriptor, if so: asked before anything is at stake."""
+    try:
+        for listener in (state := read(fd)).listeners:
+            _address(listener)
+        _addresses(state)
+    except ValueError as fault:
+        return str(fault)
+    return None
+
+
 def read(fd: int) -> Inheritance:
     """The state in this descriptor. Raises ValueError when it is of another version, or none at all."""
     text = os.pread(fd, os.fstat(fd).st_size, 0)
@@ -203,11 +221,8 @@ def read(fd: int) -> Inheritance:
 
 def take_over(state: Inheritance, selector: selectors.BaseSelector) -> Roster:
     """Everything that is served, as the predecessor has left it."""
-    addresses = {name: [parse(url) for url in each.listen] for name, each in state.settings.services.items()}
-    if state.settings.metrics:
-        addresses[EXPORTER] = [parse(state.settings.metrics)]
     board = Scoreboard.attach(state.board)
-    roster = Roster(Checked(state.settings, addresses), board, selector)
+    roster = Roster(Checked(state.settings, _addresses(state)), board, selector)
     roster.generation = state.generation
     roster.bound = [_bound(each, state) for each in state.listeners]
     for told in state.services:
@@ -219,6 +234,13 @@ def take_over(state: Inheritance, selector: selectors.BaseSelector) -> Roster:
     return roster
 
 
+def _addresses(state: Inheritance) -> dict[str, list[Address]]:
+    addresses = {name: [parse(url) for url in each.listen] for name, each in state.settings.services.items()}
+    if state.settings.metrics:
+        addresses[EXPORTER] = [parse(state.settings.metrics)]
+    return addresses
+
+
 def control(state: Inheritance) -> Bound | None:
     """The control socket, as the predecessor has left it."""
     return _bound(state.control, state) if state.control else None
@@ -228,8 +250,12 @@ def _bound(told: _Listener, state: Inheritance) -> Bound:
     os.set_inheritable(told.fd, False)
     made = socket.socket(fileno=told.fd)
     wanted = state.settings.services.get(told.service)
-    bound = Bound(Listener(told.listener_url, made), told.path, told.inode, parse(told.address))
-    return bound if wanted is None else Bound(bound.listener, told.path, told.inode, bound.address, rules_of(wanted))
+    address, rules = _address(told), rules_of(wanted) if wanted else Rules()
+    return Bound(Listener(told.listener_url, made), told.path, told.inode, address, rules)
+
+
+def _address(told: _Listener) -> Address:
+    return parse(told.address) if told.address else Address("", "")  # the control socket is not asked for by an address
 
 
 def _restored(told: _Service, roster: Roster) -> Service:

@@ -57,7 +57,7 @@ class Master:
     ) -> None:
         self.roster = roster
         self.selector = selector
-        self.renewals = Renewals(roster, selector, read, self.hand_over)
+        self.renewals = Renewals(roster, selector, read, lambda: self.write_state()[0], self.hand_over)
         self.control_listener = control
         listener = control.listener.socket if control else None
         self.control = Control(listener, selector, lambda request: commands.answer(self, request))
@@ -216,8 +216,11 @@ class Master:
         log.event("handing_over", python=python)
         if self.watcher is not None:
             self.watcher.stop()
-        state, needed = hand_over(self.roster, self.control_listener, self.started, self.sizes_before_drain)
-        return f"{python}: {execute(python, state, needed, SIGNALS).strerror}"
+        return f"{python}: {execute(python, *self.write_state(), SIGNALS).strerror}"
+
+    def write_state(self) -> tuple[int, list[int]]:
+        """What a successor needs to know, as a descriptor, and the descriptors that it needs, that one among them."""
+        return hand_over(self.roster, self.control_listener, self.started, self.sizes_before_drain)
 
     def dump(self) -> None:
         """Write the state of every lane and the stacks of every worker to the log."""

@@ -51,8 +51,8 @@ class _Wanted:
 class Renewals:
     """The reload or upgrade that there is, and those that are wanted.
 
-    ``read`` gives the settings as they are now; it raises Faults. ``hand_over`` becomes another program; if it returns,
-    it says why not.
+    ``read`` gives the settings as they are now; it raises Faults. ``write_state`` gives a descriptor of the state as it
+    is now. ``hand_over`` becomes another program; if it returns, it says why not.
     """
 
     def __init__(
@@ -60,11 +60,13 @@ class Renewals:
         roster: Roster,
         selector: selectors.BaseSelector,
         read: Callable[[], Checked],
+        write_state: Callable[[], int],
         hand_over: Callable[[str], str],
     ) -> None:
         self.roster = roster
         self.selector = selector
         self.read = read
+        self.write_state = write_state
         self.hand_over = hand_over
         self.reload: Reload | None = None
         self.preflight: Preflight | None = None
@@ -150,7 +152,7 @@ class Renewals:
             self._tell = wanted.tell
             boot_timeout = sum(service.newest.settings.boot_timeout for service in self.roster.targets)
             try:
-                self.preflight = Preflight(wanted.python, boot_timeout, self.selector)
+                self.preflight = Preflight(wanted.python, self.write_state(), boot_timeout, self.selector)
             except OSError as error:
                 self._refuse_upgrade(f"{wanted.python}: {error.strerror}")
 
