@@ -11,11 +11,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Self
 
 import pytest
 
 from preforkd import children, generations, pool, reload, service
-from preforkd_workers.protocol import DRAIN, FAILED, READY, SPAWNED
+from preforkd_workers.protocol import DRAIN, FAILED, LEAVING, READY, SPAWNED
 from preforkd_workers.scoreboard import BEGUN, ERRORS, OK, Scoreboard
 from preforkd_workers.spec import Spec
 
@@ -85,6 +86,10 @@ class Mold(Process):
         self.machine.processes[self.pid] = self
 
     # What the generation calls.
+
+    @classmethod
+    def fork(cls, spec: Spec, boot_timeout: float) -> Self:
+        return cls(spec, boot_timeout)
 
     def ask(self, serial: int, slot: int, row_at: int, end: socket.socket) -> None:
         if not self.is_alive:
@@ -190,6 +195,8 @@ class Machine:
     def kill(self, pid: int, number: int) -> None:
         process = self.processes[pid]
         process.signals.append(number)
+        if isinstance(process, Worker) and process.is_ready and number == DRAIN:
+            process.say(LEAVING)
         if number in (signal.SIGKILL, signal.SIGABRT):
             self.die(process, -number)
 

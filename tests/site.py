@@ -9,7 +9,7 @@ from typing import Self
 from tests.conftest import Serve
 from tests.daemon import DEADLINE, Daemon
 
-APP = '''
+APP = """
 import os
 import socket
 import time
@@ -52,7 +52,7 @@ class Datagram(DatagramRequestHandler):
             with open("gate") as gate:  # a pipe: until somebody opens it to write
                 gate.read()
         self.wfile.write(VERSION.encode())
-'''
+"""
 
 
 class Site:

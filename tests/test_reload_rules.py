@@ -4,9 +4,7 @@ Driven for real: roster, services, pools, generations, reload. Not there: proces
 """
 
 import selectors
-from collections.abc import Iterator
 from math import inf
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -118,7 +116,7 @@ class Reloads(RuleBasedStateMachine):
             assert reload.reason
             assert current == self.serving
         for service in self.roster.services.values():
-            assert service.next is service.trial is None
+            assert (service.next, service.trial) == (None, None)
             assert self.is_stopping or service.pool.wanted.generation == current[service.name]
             assert service.pool.wanted.trial is None or self.is_stopping
         self.reload = None
@@ -320,7 +318,7 @@ class Reloads(RuleBasedStateMachine):
 
 
 def test_no_sequence_of_events_breaks_a_promise_or_leads_to_where_there_is_no_way_out() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Reloads,
         settings=settings(
             max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)

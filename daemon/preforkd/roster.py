@@ -67,14 +67,21 @@ class Roster:
         faults = changes_that_need_a_restart(self.checked, checked)
         removed = [name for name in self.services if name not in _names(checked)]
         change = Change(checked, {name: [] for name in names}, removed)
-        free = list(self.bound)
+        # A service that stays as it is keeps its listeners.
+        taken = [
+            bound for name, each in self.services.items() if only and name not in names for bound in each.listeners
+        ]
+        free = [bound for bound in self.bound if bound not in taken]
         for name in names:
             for address in checked.addresses[name]:
-                held = next((bound for bound in free if bound.serves(address)), None)
+                held = self._held(name, address, free)
                 if held is not None:
                     free.remove(held)
                     change.loaded[name].append(held)
                     faults += [f"services.{name}.listen: {why}" for why in [held.cannot_become(address)] if why]
+                    continue
+                if _is_inherited(address) and self.generation:  # by now the number may be anything of ours
+                    faults.append(f"services.{name}.listen: {address.url}: is passed at the start; needs a restart")
                     continue
                 try:
                     made = bind(address, rules_of(change.settings_of(name)))
@@ -89,6 +96,12 @@ class Roster:
             raise Faults(faults)
         return change
 
+    def _held(self, name: str, address: Address, free: Sequence[Bound]) -> Bound | None:
+        """The listener that is open for this address. Where any port will do, none that another service has."""
+        others = [bound for other, each in self.services.items() if other != name for bound in each.listeners]
+        found = [bound for bound in free if bound.serves(address)]
+        return next((bound for bound in found if address.place is not None or bound not in others), None)
+
     def _narrowed(self, checked: Checked, only: frozenset[str]) -> Checked:
         """The settings that are in effect, but for these services."""
         before = self.checked
@@ -98,7 +111,8 @@ class Roster:
         services = {**before.settings.services}
         services.update({name: checked.settings.services[name] for name in only if name != EXPORTER})
         addresses = {**before.addresses, **{name: checked.addresses[name] for name in only}}
-        return Checked(replace(before.settings, services=services), addresses)
+        metrics = checked.settings.metrics if EXPORTER in only else before.settings.metrics
+        return Checked(replace(before.settings, services=services, metrics=metrics), addresses)
 
     # What becomes of a change.
 
@@ -139,7 +153,7 @@ class Roster:
     def roll_back(self, change: Change) -> None:
         """Have everything again as it was before the change."""
         for name in change.loaded:
-            self.services[name].roll_back()
+            self.services[name].roll_back(change.checked.settings.max_old_generations)
             if self.services[name].current is None:
                 self._remove(name)
         self._close(change.opened)
