@@ -567,8 +567,8 @@ def test_unix_sockets_move_between_services_and_change_their_mode(site: Site) ->
     a, b = site.directory / "a.sock", site.directory / "b.sock"
 
     def settle(first: Path, second: Path, options: str = "") -> None:
-        rest = f'[services.other]\ntarget = "app.py:Handler"\nlisten = ["unix:{second}"]\nmax_children = 1\nprobation = "0s"'
-        site.settings(f"{TWO}\n{rest}", listen=f"unix:{first}{options}")
+        other = f'[services.other]\ntarget = "app.py:Handler"\nlisten = ["unix:{second}"]'
+        site.settings(f"{TWO}\n{other}\n{TWO}", listen=f"unix:{first}{options}")
 
     def ask(path: Path) -> str:
         with socket.socket(socket.AF_UNIX) as client:
@@ -705,3 +705,29 @@ def test_a_stop_during_a_reload_does_not_wait_when_it_must_not_block(site: Site)
     assert talk.ask("version") in ("one", "two")
     talk.close()
     eventually(lambda: not site.daemon.family())
+
+
+def test_more_services_than_can_be_described_are_refused_and_the_master_survives_them(site: Site) -> None:
+    site.start(TWO)
+    many = [
+        f'[services.{"x" * 1000}{number}]\ntarget = "app.py:Handler"\nlisten = ["unix:@{site.daemon.pid}.{number}"]'
+        for number in range(60)
+    ]
+    site.settings("\n".join([TWO, *many]))
+    assert "more than the scoreboard can describe" in site.reload("refused")
+    site.settings(TWO)
+    site.reload()
+
+
+def test_a_reload_is_done_when_the_old_workers_have_heard_of_it_and_does_not_wait_for_one_who_cannot(
+    site: Site,
+) -> None:
+    site.start(TWO)
+    stopped = site.daemon.workers()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        line = site.reload()
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    seconds = float(line.partition("seconds=")[2].split()[0])
+    assert 1.0 <= seconds < 10.0

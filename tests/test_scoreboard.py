@@ -1,6 +1,7 @@
 """The scoreboard as a value: layout, attaching, rows that outlive workers, and words that are never torn."""
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from itertools import count
@@ -234,3 +235,28 @@ def test_a_reader_in_another_process_never_sees_half_a_word(board: Scoreboard) -
     ours.close()
     assert os.waitpid(pid, 0)[1] == 0
     assert seen == {low, high}
+
+
+def test_a_reader_never_sees_a_directory_that_is_written_over_as_it_reads(board: Scoreboard) -> None:
+    service = "s" * 40
+    board.add(service)
+    writer = os.fork()
+    if writer == 0:
+        try:
+            while True:
+                for port in range(200):
+                    board.list_listeners(service, [f"tcp://127.0.0.1:{port}{'0' * (port * 20)}"])
+        finally:
+            os._exit(0)
+    try:
+        reader = Scoreboard.attach(board.fd)
+        for _ in range(30000):
+            reader.refresh()
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+
+
+def test_a_board_knows_whether_it_has_room_for_services_before_it_makes_them(board: Scoreboard) -> None:
+    assert board.has_room_for({f"service{number}": ["tcp://127.0.0.1:80"] for number in range(200)})
+    assert not board.has_room_for({"x" * DIRECTORY: []})

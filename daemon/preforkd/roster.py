@@ -67,6 +67,8 @@ class Roster:
         faults = changes_that_need_a_restart(self.checked, checked)
         removed = [name for name in self.services if name not in _names(checked)]
         change = Change(checked, {name: [] for name in names}, removed)
+        if not self.board.has_room_for({name: [each.url for each in checked.addresses[name]] for name in names}):
+            faults.append("services: more than the scoreboard can describe, with those that were here before")
         # A service that stays as it is keeps its listeners.
         taken = [
             bound for name, each in self.services.items() if only and name not in names for bound in each.listeners
