@@ -13,8 +13,10 @@ from time import monotonic, time_ns
 
 from setproctitle import setproctitle
 
-from preforkd import log, notify
+from preforkd import log
+from preforkd.descriptors import Store
 from preforkd.exits import Exit
+from preforkd.notify import Manager, Phase, newline, status_line
 from preforkd.plan import Haste
 from preforkd.service import Service
 from preforkd.wakeup import WakeUp
@@ -36,6 +38,8 @@ class Master:
         board: Scoreboard,
         selector: selectors.BaseSelector,
         ready_fd: int,
+        manager: Manager,
+        store: Store,
     ) -> None:
         self.services = services
         self.exporter = exporter
@@ -43,6 +47,8 @@ class Master:
         self.board = board
         self.selector = selector
         self.ready_fd = ready_fd
+        self.manager = manager
+        self.store = store
         self.started = monotonic()
         self.is_ready = False
         self.is_stopping = False
@@ -84,13 +90,15 @@ class Master:
             self.announce()
         if monotonic() >= self.next_heartbeat:
             self.beat()
+        if self.manager.is_there:
+            self.manager.turn(self.phase, self.status(), is_well=all(each.is_manned for each in self.services))
 
     def patience(self) -> float:
         """Until the earliest deadline, in seconds."""
         if self.is_stopping and not self.is_waited_for:
             return 0.0
         earliest = min(service.wake_at() for service in self.everyone)
-        return max(0.0, min(earliest, self.next_heartbeat) - monotonic())
+        return max(0.0, min(earliest, self.next_heartbeat, self.manager.wake_at) - monotonic())
 
     @property
     def is_waited_for(self) -> bool:
@@ -110,9 +118,20 @@ class Master:
         self.is_ready = True
         workers = sum(len(service.pool.children) for service in self.everyone)
         log.event("ready", pid=os.getpid(), workers=workers, seconds=round(monotonic() - self.started, 3))
-        notify.systemd("READY=1", f"STATUS={workers} workers ready", f"MAINPID={os.getpid()}")
+        self.store.sync([bound for service in self.everyone for bound in service.listeners], self.board)
+        self.manager.ready(self.status())
         if self.ready_fd:
-            notify.newline(self.ready_fd)
+            newline(self.ready_fd)
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.STOPPING if self.is_stopping else Phase.SERVING if self.is_ready else Phase.BOOTING
+
+    def status(self) -> str:
+        """How we are, in a line for the service manager."""
+        children = [child for service in self.services for child in service.pool.children.values()]
+        busy = sum(child.busy for child in children)
+        return status_line(busy, len(children) - busy, max(each.pool.generation for each in self.services), None)
 
     def stop_exporter_last(self) -> None:
         """Have it show the drain of the others to its end."""
@@ -158,7 +177,7 @@ class Master:
         """Want nothing any more, in this haste or in that of an earlier call, whichever is greater."""
         log.event("stopping", haste=haste.name.lower())
         if not self.is_stopping:
-            notify.systemd("STOPPING=1")
+            self.manager.stopping()
         self.is_stopping = True
         for service in self.everyone:
             service.pool.haste = max(service.pool.haste, haste)

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from preforkd import log, settings
+from preforkd.descriptors import Inherited, Store, places, scoreboard
 from preforkd.exits import Exit
 from preforkd.limits import use_all_descriptors
-from preforkd.listeners import Bound, ListenError, Rules, bind
+from preforkd.listeners import Bound, ListenError, Rules
 from preforkd.master import SIGNALS, Master
+from preforkd.notify import Manager
 from preforkd.service import Service, section
 from preforkd.sources import EXPORTER, Checked
 from preforkd.wakeup import release
-from preforkd_workers.scoreboard import Scoreboard
 
 EXPORTER_SERVICE = settings.Service(
     target="preforkd.exporter:Exporter", max_children=1, graceful_timeout=1.0, eof_timeout=1.0
@@ -26,20 +27,25 @@ def serve(checked: Checked) -> Exit:
     wanted = dict(checked.settings.services)
     if checked.settings.metrics:
         wanted[EXPORTER] = EXPORTER_SERVICE
+    manager, inherited = Manager.take(os.environ), Inherited.take(os.environ)
     with ExitStack() as tidy:
         # Before we open anything under a number that was meant to be inherited.
         missing = _not_passed(checked)
-        bound, refusals = ({}, missing) if missing else _bind(checked, wanted, tidy)
+        bound, refusals = ({}, missing) if missing else _bind(checked, wanted, inherited, manager, tidy)
         for refusal in refusals:
             log.event("cannot_start", reason=refusal)
         if refusals:
             return Exit.SYSTEM
-        board = Scoreboard.create(name, [section(each, wanted[each], bound[each]) for each in wanted])
+        board = scoreboard(name, [section(each, wanted[each], bound[each]) for each in wanted], inherited)
         selector = tidy.enter_context(selectors.DefaultSelector())
+        manager.attend(selector)
+        store = Store(manager, inherited.taken)
         use_all_descriptors()
         services = {each: Service(each, wanted[each], bound[each], board, selector) for each in wanted}
         exporter = services.pop(EXPORTER, None)
-        master = Master(name, [*services.values()], exporter, board, selector, checked.settings.ready_fd)
+        master = Master(
+            name, [*services.values()], exporter, board, selector, checked.settings.ready_fd, manager, store
+        )
         for service in master.everyone:
             for each in service.listeners:
                 log.event("listening", service=service.name, url=each.listener.url)
@@ -53,7 +59,7 @@ def _not_passed(checked: Checked) -> list[str]:
         (f"services.{name}.listen: {address.url}", address.number)
         for name, addresses in checked.addresses.items()
         for address in addresses
-        if address.scheme == "fd"
+        if address.number >= 0
     ]
     if checked.settings.ready_fd:
         asked.append((f"ready_fd: {checked.settings.ready_fd}", checked.settings.ready_fd))
@@ -65,20 +71,29 @@ def _not_passed(checked: Checked) -> list[str]:
 
 
 def _bind(
-    checked: Checked, wanted: Mapping[str, settings.Service], tidy: ExitStack
+    checked: Checked,
+    wanted: Mapping[str, settings.Service],
+    inherited: Inherited,
+    manager: Manager,
+    tidy: ExitStack,
 ) -> tuple[dict[str, list[Bound]], list[str]]:
     """Every listener by service, and what the system refused."""
     bound: dict[str, list[Bound]] = {name: [] for name in wanted}
+    try:
+        found = places({name: checked.addresses[name] for name in wanted}, inherited)
+    except ListenError as refusal:
+        return bound, [str(refusal)]
+    inherited.let_go(manager)
     refusals = []
-    for name, service in wanted.items():
+    for place in found:
+        service = wanted[place.service]
         rules = Rules(service.request_queue_size, service.allow_reuse_address, service.allow_reuse_port)
-        for address in checked.addresses[name]:
-            try:
-                made = bind(address, rules)
-            except ListenError as refusal:
-                where = name if name == EXPORTER else f"services.{name}.listen"
-                refusals.append(f"{where}: {refusal}")
-                continue
-            tidy.callback(made.close)
-            bound[name].append(made)
+        try:
+            made = place.open(rules)
+        except ListenError as refusal:
+            where = EXPORTER if place.service == EXPORTER else f"services.{place.service}.listen"
+            refusals.append(f"{where}: {refusal}")
+            continue
+        tidy.callback(made.close)
+        bound[place.service].append(made)
     return bound, refusals

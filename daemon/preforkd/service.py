@@ -14,7 +14,7 @@ from preforkd.backlog import sample
 from preforkd.children import Child
 from preforkd.listeners import Bound
 from preforkd.molds import Mold
-from preforkd.plan import KILL_TIMEOUT, Timeouts, pause
+from preforkd.plan import KILL_TIMEOUT, State, Timeouts, pause
 from preforkd.pool import Pool
 from preforkd.wakeup import name_of
 from preforkd_workers import protocol
@@ -205,6 +205,13 @@ class Service:
         else:
             self.mold.kill(signal.SIGKILL)
             self._let_go_of(self.mold)
+
+    @property
+    def is_manned(self) -> bool:
+        """Whether somebody serves, or is about to within a deadline, or nobody is wanted: else the watchdog starves."""
+        is_importing = self.mold is not None and not self.mold.ready
+        states = {child.state for child in self.pool.children.values()}
+        return not self.pool.size or is_importing or bool(states & {State.BOOTING, State.READY})
 
     @property
     def is_waited_for(self) -> bool:

@@ -35,7 +35,9 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = ""
     listen: Annotated[
         list[str],
-        Meta(description="addresses, as `tcp://host:port`, `udp://…`, `unix:path`, `unix-dgram:path`, `fd:3`"),
+        Meta(
+            description="addresses, as `tcp://host:port`, `udp://…`, `unix:path`, `unix-dgram:path`, `fd:3`, `fd:NAME`"
+        ),
     ] = field(default_factory=list)
     kind: Annotated[Literal["process"], Meta(description="kind of worker: `process` handles one request at a time")] = (
         "process"
