@@ -102,11 +102,15 @@ class Daemon:
         prefix: Sequence[str] = (),
     ) -> None:
         command = [*prefix, sys.executable, "-m", "preforkd", *map(str, arguments)]
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFORKD_", "NOTIFY_", "JOURNAL_"))}
+        foreign = "PREFORKD_", "NOTIFY_", "JOURNAL_", "LISTEN_", "WATCHDOG_", "RUNTIME_"
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+        runtime = directory.with_name(f"{directory.name}-run")
+        runtime.mkdir(exist_ok=True)
+        runtime.chmod(0o777)  # for one that runs as an ordinary user
         self.process = subprocess.Popen(
             command,
             cwd=directory,
-            env={**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            env={**inherited, "PYTHONUNBUFFERED": "1", "XDG_RUNTIME_DIR": str(runtime), **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

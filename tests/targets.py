@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -100,6 +101,22 @@ class Obey(StreamRequestHandler):
                 self.server.shutdown()
                 return b"shut down\n"
         return b"what?\n"
+
+
+class Environment(BaseRequestHandler):
+    """Tells the names of the environment's variables."""
+
+    def handle(self) -> None:
+        self.request.sendall("\n".join(os.environ).encode())
+
+
+class Program(BaseRequestHandler):
+    """Runs a program that outlives the worker, and tells its pid."""
+
+    def handle(self) -> None:
+        null = [subprocess.DEVNULL] * 3
+        pid = subprocess.Popen(["sleep", "600"], None, None, *null, start_new_session=True).pid
+        self.request.sendall(b"%d\n" % pid)
 
 
 class RecordingServer(TCPServer):

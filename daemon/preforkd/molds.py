@@ -69,7 +69,15 @@ class Mold:
 def _become_mold(spec: Spec, channel: socket.socket) -> None:
     """In the child: let go of all that is the master's, and never come back."""
     try:
-        keep = {0, 1, 2, channel.fileno(), spec.scoreboard.fd, *(each.socket.fileno() for each in spec.listeners)}
+        keep = {
+            0,
+            1,
+            2,
+            channel.fileno(),
+            spec.scoreboard.fd,
+            spec.lock,
+            *(each.socket.fileno() for each in spec.listeners),
+        }
         _close_all_but(keep)
         limits.restore()
         channel.setblocking(True)

@@ -53,6 +53,7 @@ class Rhythm:
     _extend_at: float = 0.0
     _status_at: float = 0.0
     _status: str = ""
+    _phase: Phase | None = None
 
     def due(self, now: float, phase: Phase, status: str, *, is_well: bool) -> list[str]:
         """What to say now. ``is_well``: whether the watchdog may be fed."""
@@ -62,6 +63,8 @@ class Rhythm:
             lines.append("WATCHDOG=1")
             self._watchdog_at = now + self.watchdog_interval
         is_extending = phase is not Phase.SERVING
+        if phase is not self._phase:
+            self._phase, self._extend_at = phase, now
         if is_extending and now >= self._extend_at:
             lines.append(f"EXTEND_TIMEOUT_USEC={EXTENSION * 1e6:.0f}")
             self._extend_at = now + EXTEND_EVERY
@@ -121,6 +124,12 @@ class Manager:
     def attend(self, selector: selectors.BaseSelector) -> None:
         """Use this selector to wait for a manager that is behind with its reading."""
         self._selector = selector
+
+    def close(self) -> None:
+        """Say nothing more."""
+        self._disconnect()
+        self._unsent.clear()
+        self._address = ""
 
     # What we say.
 

@@ -14,6 +14,7 @@ from preforkd.master import SIGNALS, Master
 from preforkd.notify import Manager
 from preforkd.service import Service, section
 from preforkd.sources import EXPORTER, Checked
+from preforkd.takeover import Held, Lock, Namesake, Stopped, control_path, take_over
 from preforkd.wakeup import release
 
 EXPORTER_SERVICE = settings.Service(
@@ -29,6 +30,14 @@ def serve(checked: Checked) -> Exit:
         wanted[EXPORTER] = EXPORTER_SERVICE
     manager, inherited = Manager.take(os.environ), Inherited.take(os.environ)
     with ExitStack() as tidy:
+        try:
+            lock = _take_over(checked.settings, manager, tidy)
+        except Held as held:
+            log.event("cannot_start", reason=held)
+            return Exit.SYSTEM
+        except Stopped:
+            log.event("stopped", status=Exit.STOPPED.value)
+            return Exit.STOPPED
         # Before we open anything under a number that was meant to be inherited.
         missing = _not_passed(checked)
         bound, refusals = ({}, missing) if missing else _bind(checked, wanted, inherited, manager, tidy)
@@ -39,9 +48,10 @@ def serve(checked: Checked) -> Exit:
         board = scoreboard(name, [section(each, wanted[each], bound[each]) for each in wanted], inherited)
         selector = tidy.enter_context(selectors.DefaultSelector())
         manager.attend(selector)
+        tidy.callback(manager.close)
         store = Store(manager, inherited.taken)
         use_all_descriptors()
-        services = {each: Service(each, wanted[each], bound[each], board, selector) for each in wanted}
+        services = {each: Service(each, wanted[each], bound[each], board, selector, lock) for each in wanted}
         exporter = services.pop(EXPORTER, None)
         master = Master(
             name, [*services.values()], exporter, board, selector, checked.settings.ready_fd, manager, store
@@ -51,6 +61,26 @@ def serve(checked: Checked) -> Exit:
                 log.event("listening", service=service.name, url=each.listener.url)
         release(SIGNALS)
         return master.serve_forever()
+
+
+def _take_over(wanted: settings.Settings, manager: Manager, tidy: ExitStack) -> int:
+    """Wait until nobody of an earlier instance is left; the descriptor of the lock, -1 when we do without.
+
+    Raises Held and Stopped.
+    """
+    path, is_default = control_path(wanted.control, wanted.name, os.environ)
+    lock = Lock(f"{path}.lock")
+    try:
+        if is_default:
+            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        take_over(lock, wanted.takeover_timeout, manager, is_default=is_default)
+    except (OSError, Namesake) as refusal:
+        if not is_default:
+            raise Held(f"{lock.path}: {refusal}") from refusal
+        log.event("no_lock", reason=refusal, path=lock.path, advice="give this daemon a name or a control socket")
+        return -1
+    tidy.callback(lock.release)
+    return lock.descriptor
 
 
 def _not_passed(checked: Checked) -> list[str]:

@@ -36,6 +36,7 @@ def spec_of(
     *,
     generation: int = 1,
     preload: bool,
+    lock: int = -1,
 ) -> Spec:
     """What a mold is told of the service."""
     return Spec(
@@ -50,6 +51,7 @@ def spec_of(
         eof_timeout=wanted.eof_timeout,
         scoreboard=board,
         master=os.getpid(),
+        lock=lock,
     )
 
 
@@ -63,6 +65,7 @@ class Service:
         listeners: Sequence[Bound],
         board: Scoreboard,
         selector: selectors.BaseSelector,
+        lock: int = -1,
     ) -> None:
         self.name = name
         self.settings = wanted
@@ -76,7 +79,9 @@ class Service:
         self.boot_failure: str | None = None
         timeouts = Timeouts(wanted.boot_timeout, wanted.graceful_timeout, wanted.eof_timeout)
         self.pool = Pool(name, selector, self.board, self, timeouts)
-        self.spec = spec_of(name, wanted, listeners, board, generation=self.pool.generation, preload=wanted.preload)
+        self.spec = spec_of(
+            name, wanted, listeners, board, generation=self.pool.generation, preload=wanted.preload, lock=lock
+        )
         self.pool.resize(wanted.max_children)
 
     # The nursery of the pool.

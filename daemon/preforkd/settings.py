@@ -77,6 +77,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str, Meta(description="address of the exporter, `/metrics`, `/healthz`, `/readyz`; empty: none")
     ] = ""
     control: Annotated[str, Meta(description="path of the control socket; not used yet")] = ""
+    takeover_timeout: Annotated[
+        float, _duration("at start, for those of an earlier instance to leave, if some still live")
+    ] = 10.0
     ready_fd: Annotated[
         int, Meta(ge=0, le=65535, description="descriptor to write a newline to when ready, as s6 wants it; 0: none")
     ] = 0

@@ -117,7 +117,7 @@ class Mold:
             sys.exit(1)
         for server in target.servers:
             server.scoreboard = spec.scoreboard  # type: ignore[attr-defined]
-        worker = Worker(target.servers, lifeline, row, orphan_timeout=spec.graceful_timeout + spec.eof_timeout)
+        worker = Worker(target.servers, lifeline, row, spec.graceful_timeout, spec.eof_timeout)
         process.open_for_service(row, lifeline)
         worker.serve()
 

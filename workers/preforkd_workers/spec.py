@@ -29,3 +29,4 @@ class Spec:
     eof_timeout: float
     scoreboard: Scoreboard
     master: int  # its pid
+    lock: int = -1  # a descriptor that proves, as long as it is open anywhere, that somebody of us lives
