@@ -114,8 +114,8 @@ class Program(BaseRequestHandler):
     """Runs a program that outlives the worker, and tells its pid."""
 
     def handle(self) -> None:
-        null = [subprocess.DEVNULL] * 3
-        pid = subprocess.Popen(["sleep", "600"], None, None, *null, start_new_session=True).pid
+        null = subprocess.DEVNULL
+        pid = subprocess.Popen(["sleep", "600"], stdin=null, stdout=null, stderr=null, start_new_session=True).pid
         self.request.sendall(b"%d\n" % pid)
 
 

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -12,19 +14,21 @@ from tests.daemon import Daemon, eventually
 TCP = ("--listen", "tcp://127.0.0.1:0")
 
 
+Held = tuple[socket.socket, BinaryIO]
+
+
 def lock_of(tmp_path: Path, name: str = "Obey") -> Path:
     return tmp_path.with_name(f"{tmp_path.name}-run") / "preforkd" / name / "control.sock.lock"
 
 
-def leave_a_busy_worker(daemon: Daemon, order: bytes) -> tuple[int, object]:
-    """Kill the master while one of its workers does this; the worker's pid and the client's end."""
+def leave_a_busy_worker(daemon: Daemon) -> tuple[int, Held]:
+    """Kill the master while one of its workers waits for a client; the worker's pid, and the client's end."""
     client = daemon.connect()
     answers = client.makefile("rb")
     client.sendall(b"pid\n")
     worker = int(answers.readline())
-    client.sendall(order)
-    if order == b"until_eof\n":
-        assert answers.readline() == b"waiting\n"
+    client.sendall(b"until_eof\n")
+    assert answers.readline() == b"waiting\n"
     daemon.signal(signal.SIGKILL)
     assert daemon.wait() == -signal.SIGKILL
     eventually(lambda: daemon.alive() == [worker], "only the busy worker stays")
@@ -35,7 +39,7 @@ def leave_a_busy_worker(daemon: Daemon, order: bytes) -> tuple[int, object]:
 def test_the_next_master_waits_for_whom_the_killed_one_has_left(serve: Serve, tmp_path: Path, chosen: bool) -> None:
     options = [*TCP, *(("--control", f"{tmp_path}/chosen") if chosen else ())]
     first = serve(":Obey", *options)
-    worker, (client, answers) = leave_a_busy_worker(first, b"until_eof\n")
+    worker, (client, answers) = leave_a_busy_worker(first)
     second = serve(":Obey", *options, "--set", "takeover_timeout=1h", ready=False)
     second.log.wait_for(rf"^takeover_waits pids={worker} timeout=3600s ")
     client.sendall(b"more\n")
@@ -48,7 +52,7 @@ def test_the_next_master_waits_for_whom_the_killed_one_has_left(serve: Serve, tm
 
 
 def test_a_worker_that_stays_for_too_long_is_named_and_ends_the_start(serve: Serve, tmp_path: Path) -> None:
-    worker, (client, answers) = leave_a_busy_worker(serve(":Obey", *TCP), b"until_eof\n")
+    worker, (client, answers) = leave_a_busy_worker(serve(":Obey", *TCP))
     second = serve(":Obey", *TCP, "--set", "takeover_timeout=0.2", ready=False)
     assert second.wait() == 1
     said = second.log.matches("^cannot_start ")[0].string
@@ -60,7 +64,7 @@ def test_a_worker_that_stays_for_too_long_is_named_and_ends_the_start(serve: Ser
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_ends_the_wait_at_once(serve: Serve, number: signal.Signals) -> None:
-    _, (client, answers) = leave_a_busy_worker(serve(":Obey", *TCP), b"until_eof\n")
+    _, (client, answers) = leave_a_busy_worker(serve(":Obey", *TCP))
     second = serve(":Obey", *TCP, "--set", "takeover_timeout=1h", ready=False)
     second.log.wait_for("^takeover_waits ")
     assert second.stop(number) == 0
@@ -146,7 +150,7 @@ def test_many_who_start_at_once_come_to_serve_one_after_the_other(serve: Serve, 
 
 def test_an_orphan_reads_end_of_file_before_it_is_ended_within_graceful_timeout(serve: Serve) -> None:
     daemon = serve(":Obey", *TCP, "--set", "graceful_timeout=2", "--set", "eof_timeout=1.5")
-    _, (client, answers) = leave_a_busy_worker(daemon, b"until_eof\n")
+    _, (client, answers) = leave_a_busy_worker(daemon)
     assert answers.readline() == b"eof after 0\n"
     assert answers.read() == b""
     eventually(lambda: not daemon.alive(), "it has left")
@@ -168,7 +172,7 @@ def test_an_orphan_that_does_not_heed_end_of_file_is_ended_all_the_same(serve: S
 
 def test_molds_and_the_exporter_leave_with_the_master(serve: Serve) -> None:
     daemon = serve(":Obey", *TCP, "--metrics", "tcp://127.0.0.1:0")
-    worker, (client, answers) = leave_a_busy_worker(daemon, b"until_eof\n")
+    worker, (client, answers) = leave_a_busy_worker(daemon)
     assert daemon.alive() == [worker]
     answers.close()
     client.close()

@@ -93,6 +93,7 @@ class Manager:
         self._socket: socket.socket | None = None
         self._unsent: deque[tuple[bytes, int | None]] = deque()
         self._selector: selectors.BaseSelector | None = None
+        self._is_waiting = False  # for room, in the selector
         self._rhythm = Rhythm(_watchdog_interval(environment, pid) if address else float("inf"))
 
     @classmethod
@@ -223,12 +224,14 @@ class Manager:
     def _wait_for_room(self) -> None:
         if self._selector is None:  # before the loop, nobody would come back to it
             self._unsent.clear()
-        elif self._socket is not None and self._socket not in self._selector.get_map():
+        elif self._socket is not None and not self._is_waiting:
             self._selector.register(self._socket, selectors.EVENT_WRITE, self._send)
+            self._is_waiting = True
 
     def _stop_waiting(self) -> None:
-        if self._selector is not None and self._socket is not None and self._socket in self._selector.get_map():
+        if self._is_waiting and self._selector is not None and self._socket is not None:
             self._selector.unregister(self._socket)
+        self._is_waiting = False
 
 
 def _watchdog_interval(environment: Mapping[str, str], pid: int) -> float:

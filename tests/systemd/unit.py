@@ -38,22 +38,32 @@ def systemctl(*words: str) -> str:
     return done.stdout.strip()
 
 
+def serve(*arguments: object) -> str:
+    """The command line; ``:name`` is a target of ``targets.py``."""
+    words = [f"{TARGETS}{word}" if str(word).startswith(":") else str(word) for word in arguments]
+    return " ".join([sys.executable, "-m", "preforkd", "serve", *words])
+
+
 class Unit:
     """``preforkd serve ARGUMENTS`` as a service unit, which is stopped at the end."""
 
     def __init__(self, *arguments: object, start: bool = True, **settings: str) -> None:
         self.name = "under-test"
         self.starts = start
-        words = [f"{TARGETS}{word}" if str(word).startswith(":") else str(word) for word in arguments]
-        command = " ".join([sys.executable, "-m", "preforkd", "serve", *words])
         self.settings = {
-            "ExecStart": command,
+            "ExecStart": serve(*arguments),
             "Environment": f"PYTHONPATH={PYTHONPATH} PYTHONUNBUFFERED=1",
             "WorkingDirectory": "/",
             **SETTINGS,
             **settings,
         }
         self.write("service", Service=self.settings)
+
+    def change(self, **settings: str) -> None:
+        """Let the unit say so from its next start on."""
+        self.settings |= settings
+        self.write("service", Service=self.settings)
+        systemctl("daemon-reload")
 
     def write(self, kind: str, **sections: dict[str, str]) -> None:
         lines = [line for name, some in sections.items() for line in (f"[{name}]", *map("=".join, some.items()))]
@@ -152,6 +162,14 @@ class Clients:
         with self._lock:
             enough = self.outcomes["answered"] + more
             assert self._lock.wait_for(lambda: self.outcomes["answered"] >= enough, DEADLINE), self.outcomes
+
+
+def ask_datagram(address: object) -> bytes:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(DEADLINE)
+        client.connect(address)  # type: ignore[arg-type]
+        client.send(b"question\n")
+        return client.recv(99)
 
 
 def ask_stream(address: object, family: int = socket.AF_INET) -> bytes:
