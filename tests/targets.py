@@ -115,8 +115,10 @@ class Program(BaseRequestHandler):
 
     def handle(self) -> None:
         null = subprocess.DEVNULL
-        pid = subprocess.Popen(["sleep", "600"], stdin=null, stdout=null, stderr=null, start_new_session=True).pid
-        self.request.sendall(b"%d\n" % pid)
+        program = subprocess.Popen(
+            ["sleep", "600"], stdin=null, stdout=null, stderr=null, close_fds=False, start_new_session=True
+        )
+        self.request.sendall(b"%d\n" % program.pid)
 
 
 class RecordingServer(TCPServer):

@@ -1,5 +1,6 @@
 """A new master and those whom an earlier one has left behind."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ from typing import BinaryIO
 
 import pytest
 
+from preforkd.takeover import Lock
 from tests.conftest import Serve
 from tests.daemon import Daemon, eventually
 
@@ -145,6 +147,25 @@ def test_many_who_start_at_once_come_to_serve_one_after_the_other(serve: Serve, 
     assert not (tmp_path / "chosen.lock").exists()
 
 
+def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last owner removes it after we have opened it and before we have the lock."""
+    lock = Lock(f"{tmp_path}/lock")
+    really_lock = fcntl.flock
+    removals = iter([lambda: os.unlink(lock.path)])
+
+    def flock(descriptor: int, operation: int) -> None:
+        next(removals, lambda: None)()
+        really_lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert lock.acquire()
+    assert not Lock(lock.path).acquire()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 # How those leave who are left.
 
 
@@ -168,6 +189,7 @@ def test_an_orphan_that_does_not_heed_end_of_file_is_ended_all_the_same(serve: S
         daemon.signal(signal.SIGKILL)
         assert daemon.wait() == -signal.SIGKILL
         eventually(lambda: not daemon.alive(), "it has left")
+        assert "Error" not in daemon.log.text
 
 
 def test_molds_and_the_exporter_leave_with_the_master(serve: Serve) -> None:

@@ -59,6 +59,18 @@ def test_a_daemon_at_rest_is_left_alone_by_its_watchdog() -> None:
         assert unit.show("NRestarts") == "0"
 
 
+def test_a_service_that_is_loaded_again_and_slowly_does_not_starve_the_watchdog(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("from preforkd_workers.samples import Upper\n")
+    with Unit(f"{tmp_path}/app.py:Upper", *TCP, WatchdogSec="1s", Restart="no") as unit:
+        (tmp_path / "app.py").write_text("import time\ntime.sleep(3)\nfrom preforkd_workers.samples import Upper\n")
+        for pid in unit.processes():
+            if pid != unit.pid:
+                os.kill(pid, signal.SIGKILL)
+        unit.log.wait_for("^mold_ready ", times=2)
+        assert ask_stream(ADDRESS) == b"QUESTION\n"
+        assert unit.show("SubState") == "running"
+
+
 def test_a_service_that_has_nobody_starves_the_watchdog(tmp_path: Path) -> None:
     """Its code is broken while it serves, and everybody is killed: the mold cannot be made again."""
     (tmp_path / "app.py").write_text("from preforkd_workers.samples import Upper\n")
