@@ -4,7 +4,7 @@ They append what happens to the file named in HOOKS.
 """
 
 import os
-import threading
+import socket
 from socketserver import ForkingMixIn, TCPServer, ThreadingMixIn, UDPServer
 from typing import Any
 
@@ -127,13 +127,6 @@ class Second(Obey):
 
     def obey(self, order: str, *words: str) -> bytes:
         with TCPServer(("127.0.0.1", 0), Pid) as second:
-            import socket
-
-            thread = threading.Thread(target=second.handle_request)
-            thread.start()
             with socket.create_connection(second.server_address[:2]) as client:  # type: ignore[arg-type]
-                answer = client.makefile("rb").read()
-            thread.join()
-            second.timeout = 0
-            second.handle_request()
-        return answer
+                second.handle_request()
+                return client.makefile("rb").read()
