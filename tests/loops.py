@@ -126,7 +126,9 @@ class Second(Obey):
     """Asks a server that it runs by hand."""
 
     def obey(self, order: str, *words: str) -> bytes:
-        with TCPServer(("127.0.0.1", 0), Pid) as second:
-            with socket.create_connection(second.server_address[:2]) as client:  # type: ignore[arg-type]
-                second.handle_request()
-                return client.makefile("rb").read()
+        with (
+            TCPServer(("127.0.0.1", 0), Pid) as second,
+            socket.create_connection(second.server_address[:2]) as client,  # type: ignore[arg-type]
+        ):
+            second.handle_request()
+            return client.makefile("rb").read()

@@ -6,6 +6,7 @@ and sends the master SIGHUP.
 """
 
 import os
+import select
 import signal
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -40,11 +41,13 @@ class Watcher:
         """Start it. ``config`` is a file to watch beside the sources. Raises OSError when the system refuses."""
         born, master = time_ns(), os.getpid()
         reader, writer = os.pipe()
+        gone, self._lifeline = os.pipe()  # which nobody but this very program holds
         with held(signal.valid_signals()):
             pid = os.fork()
             if pid == 0:
-                _become_watcher(reader, config and os.path.abspath(config), born, master)
+                _become_watcher(Directories(reader, config and os.path.abspath(config), born), gone, master)
         os.close(reader)
+        os.close(gone)
         os.set_blocking(writer, False)
         self.pid: int | None = pid
         molds.KEPT.add(writer)
@@ -69,10 +72,10 @@ class Watcher:
         return True
 
 
-def _become_watcher(reader: int, config: str | None, born: int, master: int) -> NoReturn:
+def _become_watcher(directories: "Directories", gone: int, master: int) -> NoReturn:
     """In the child: let go of all that is the master's, and never come back."""
     try:
-        molds.close_all_but({0, 1, 2, reader})
+        molds.close_all_but({0, 1, 2, directories.reader, gone})
         limits.restore()
         from preforkd_workers import process  # here and not above: the master does without socketserver
 
@@ -80,18 +83,19 @@ def _become_watcher(reader: int, config: str | None, born: int, master: int) -> 
         setproctitle("preforkd: watcher")
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         prctl.signal_on_parent_death(signal.SIGKILL)
-        os.set_blocking(reader, False)
-        process.leave(lambda: _watch(Directories(reader, config, born), master))
+        os.set_blocking(directories.reader, False)
+        if os.getppid() == master:  # or it has died already
+            process.leave(lambda: _watch(directories, gone, master))
     finally:
         os._exit(1)
 
 
-def _watch(directories: "Directories", master: int) -> None:
-    """Until the master is gone."""
+def _watch(directories: "Directories", gone: int, master: int) -> None:
+    """Until the master is gone, or has become another program (which starts a watcher of its own)."""
     from watchfiles import PythonFilter, watch
 
     is_source = PythonFilter()
-    while os.getppid() == master:
+    while not select.select([gone], [], [], 0)[0]:
         is_first = True
         for changes in watch(
             *directories.begin(),
@@ -110,7 +114,7 @@ def _watch(directories: "Directories", master: int) -> None:
             if changed and os.getppid() == master:
                 log.event("dev_changed", files=" ".join(sorted(changed)))
                 os.kill(master, signal.SIGHUP)
-            if directories.have_changed():
+            if directories.have_changed() or select.select([gone], [], [], 0)[0]:
                 break
 
 
@@ -120,7 +124,7 @@ class Directories:
     def __init__(self, reader: int, config: str | None, born: int) -> None:
         self.config = config
         self.since = {os.path.dirname(config): born} if config else {}  # by directory: nanoseconds since the epoch
-        self._reader = reader
+        self.reader = reader
         self._unfinished_line = b""
         self._watched: Mapping[str, object] = {}
 
@@ -145,7 +149,7 @@ class Directories:
     def _hear(self) -> None:
         """What has been imported meanwhile."""
         with suppress(BlockingIOError):
-            while said := os.read(self._reader, 1 << 16):
+            while said := os.read(self.reader, 1 << 16):
                 *lines, self._unfinished_line = (self._unfinished_line + said).split(b"\n")
                 for line in lines:
                     since, _, directory = os.fsdecode(line).partition(" ")

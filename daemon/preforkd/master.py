@@ -4,63 +4,101 @@ One thread, one loop, one wait. Signals change what is wanted; ``service_actions
 """
 
 import os
+import platform
 import selectors
 import signal
+import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic, time_ns
 from typing import Protocol
 
 from setproctitle import setproctitle
 
-from preforkd import log, notify
+from preforkd import __version__, limits, log, notify
 from preforkd.exits import Exit
+from preforkd.handover import hand_over
 from preforkd.plan import Haste
-from preforkd.service import Service
+from preforkd.reload import Reload, Verdict
+from preforkd.roster import Roster
+from preforkd.settings import MOST_CHILDREN
+from preforkd.sources import Checked
+from preforkd.transaction import Phase
+from preforkd.upgrade import Preflight, execute
 from preforkd.wakeup import WakeUp
 from preforkd_workers.prctl import become_subreaper
-from preforkd_workers.scoreboard import HEARTBEAT, STARTED_AT, Scoreboard
+from preforkd_workers.scoreboard import (
+    HEARTBEAT,
+    RELOAD_NS,
+    RELOADED_AT,
+    RELOADS,
+    RESULTS,
+    STARTED_AT,
+)
 
 # How often the master shows that its loop turns, in seconds.
 HEARTBEAT_EVERY = 1.0
 
 
 class Watcher(Protocol):
-    """A child that is no worker and no mold."""
+    """Dev mode's child: no worker and no mold."""
 
     def reap(self, pid: int) -> bool: ...
 
 
-class Master:
-    """Serves the services until nothing is wanted and nobody is left."""
+@dataclass(frozen=True)
+class ReloadWanted:
+    """The reload that comes next: of these services or of all, and who is to be told how it has ended."""
 
-    def __init__(
-        self,
-        name: str,
-        services: Sequence[Service],
-        exporter: Service | None,
-        board: Scoreboard,
-        selector: selectors.BaseSelector,
-        ready_fd: int,
-    ) -> None:
-        self.services = services
-        self.exporter = exporter
-        self.everyone = [*services, exporter] if exporter else [*services]
-        self.board = board
+    only: frozenset[str] | None
+    tell: list[Callable[[Verdict], None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class UpgradeWanted:
+    """The upgrade that comes next: by which interpreter, and who is to be told if nothing has changed."""
+
+    python: str
+    tell: list[Callable[[str], None]] = field(default_factory=list)
+
+
+class Master:
+    """Serves what is on the roster until nothing is wanted and nobody is left.
+
+    ``read`` gives the settings as they are now, for a reload; it raises Faults.
+    """
+
+    def __init__(self, roster: Roster, selector: selectors.BaseSelector, read: Callable[[], Checked]) -> None:
+        self.roster = roster
         self.selector = selector
-        self.ready_fd = ready_fd
-        self.watcher: Watcher | None = None  # in dev mode
+        self.read = read
+        self.watcher: Watcher | None = None
         self.started = monotonic()
         self.is_ready = False
         self.is_stopping = False
         self.next_heartbeat = 0.0
         self.exit = Exit.STOPPED
+        self.reloading: Reload | None = None
+        self.reload_wanted: ReloadWanted | None = None
+        self.tell: list[Callable[[Verdict], None]] = []  # how the reload ends
+        self.verdict: Verdict | None = None  # of the last reload
+        self.upgrade_wanted: UpgradeWanted | None = None
+        self.preflight: Preflight | None = None
         self.wakeup = WakeUp(SIGNALS)
         selector.register(self.wakeup, selectors.EVENT_READ, self.answer_signals)
         become_subreaper()
-        setproctitle(f"preforkd: master {name}")
-        board.daemon[STARTED_AT] = time_ns()
+        setproctitle(f"preforkd: master {roster.board.name}")
+        roster.board.daemon[STARTED_AT] = roster.board.daemon[STARTED_AT] or time_ns()
+
+    def resume(self, release: str, started: float) -> None:
+        """Go on for a master of this release, and reload."""
+        self.is_ready, self.started = True, started
+        log.event("upgrade", **{"from": release, "to": __version__}, python=platform.python_version(), pid=os.getpid())
+        self.ask_for_reload(tell=partial(self.conclude_upgrade, release))
+        self.reap()
 
     # The loop.
 
@@ -80,16 +118,17 @@ class Master:
 
     def service_actions(self) -> None:
         """Settle the difference between what is wanted and what is there."""
-        for service in self.everyone:
-            service.settle()
+        self.roster.settle()
         has_failed = self.report_failures()
         if self.is_stopping:
             self.stop_exporter_last()
         elif has_failed and not self.is_ready:
             self.exit = Exit.TARGET
             self.stop(Haste.KILL)
-        elif not self.is_ready and all(service.pool.is_full for service in self.everyone):
+        elif not self.is_ready and all(service.pool.is_full for service in self.roster):
             self.announce()
+        self.settle_reload()
+        self.settle_upgrade()
         if monotonic() >= self.next_heartbeat:
             self.beat()
 
@@ -97,42 +136,140 @@ class Master:
         """Until the earliest deadline, in seconds."""
         if self.is_stopping and not self.is_waited_for:
             return 0.0
-        earliest = min(service.wake_at() for service in self.everyone)
-        return max(0.0, min(earliest, self.next_heartbeat) - monotonic())
+        times = [self.next_heartbeat, self.reloading.wake_at() if self.reloading else float("inf")]
+        times.append(self.preflight.deadline if self.preflight else float("inf"))
+        return max(0.0, min(*times, *(service.wake_at() for service in self.roster)) - monotonic())
 
     @property
     def is_waited_for(self) -> bool:
         """Whether somebody is left whom we wait for: ``block_on_close`` of the service says whether we do."""
-        return any(service.is_waited_for for service in self.everyone)
+        return any(service.is_waited_for for service in self.roster)
 
     def report_failures(self) -> bool:
-        """Say which targets could not be started since the last time, and why; whether there was any."""
-        failures = {service: failure for service in self.everyone if (failure := service.take_failure())}
-        for service, failure in failures.items() if not self.is_stopping else ():
-            log.event("boot_failed", service=service.name, target=service.spec.target)
-            log.text(service.name, failure)
-        return bool(failures)
+        """Say which targets that serve could not be started again, and why; whether there was any."""
+        failed = False
+        for service in self.roster:
+            generation = service.current
+            if generation is not None and generation.failure is not None:
+                log.event("boot_failed", service=service.name, target=generation.spec.target, gen=generation.number)
+                log.text(service.name, generation.failure)
+                generation.failure, failed = None, True
+        return failed
 
     def announce(self) -> None:
         """Say that we are ready, in every way that a supervisor may want."""
         self.is_ready = True
-        workers = sum(len(service.pool.children) for service in self.everyone)
+        workers = sum(len(service.pool.children) for service in self.roster)
         log.event("ready", pid=os.getpid(), workers=workers, seconds=round(monotonic() - self.started, 3))
         notify.systemd("READY=1", f"STATUS={workers} workers ready", f"MAINPID={os.getpid()}")
-        if self.ready_fd:
-            notify.newline(self.ready_fd)
+        if self.roster.checked.settings.ready_fd:
+            notify.newline(self.roster.checked.settings.ready_fd)
 
     def stop_exporter_last(self) -> None:
         """Have it show the drain of the others to its end."""
-        if self.exporter and not any(service.pool.children for service in self.services):
-            self.exporter.stop()
+        exporter = self.roster.exporter
+        if exporter and not any(service.pool.children for service in self.roster if service is not exporter):
+            exporter.stop()
 
     def beat(self) -> None:
         """Show that the loop turns, and what waits at the listeners."""
         self.next_heartbeat = monotonic() + HEARTBEAT_EVERY
-        self.board.daemon[HEARTBEAT] = time_ns()
-        for service in self.everyone:
+        self.roster.board.daemon[HEARTBEAT] = time_ns()
+        for service in self.roster:
             service.sample_listeners()
+
+    # The reload.
+
+    def ask_for_reload(self, only: str | None = None, tell: Callable[[Verdict], None] | None = None) -> None:
+        """Want a reload, of one service or of all. While there is one, the next begins when it has ended."""
+        wanted = self.reload_wanted or ReloadWanted(frozenset() if only else None)
+        names = None if only is None or wanted.only is None else wanted.only | {only}
+        self.reload_wanted = ReloadWanted(names, [*wanted.tell, *([tell] if tell else [])])
+
+    def settle_reload(self) -> None:
+        """Begin with the reload that is wanted, take it on, and say how it has ended."""
+        if self.reload_wanted is not None and self.may_begin:
+            wanted, self.reload_wanted = self.reload_wanted, None
+            self.tell = wanted.tell
+            self.reloading = Reload(self.roster, self.read, wanted.only)
+            self.roster.settle()
+        if self.reloading is None:
+            return
+        self.reloading.settle()
+        verdict = self.reloading.verdict
+        if verdict is not None:
+            self.reloading = None
+            self.conclude(verdict)
+        self.roster.settle()
+
+    def conclude(self, verdict: Verdict) -> None:
+        """Say how a reload has ended: to the log, to the scoreboard, and to those who asked for it."""
+        self.verdict = verdict
+        result, daemon = verdict.result, self.roster.board.daemon
+        fields: dict[str, object] = {"gen": verdict.generation, "seconds": verdict.seconds}
+        if result is not Phase.DONE and verdict.failed_in is not None:
+            first, *more = verdict.reason.splitlines() or [""]
+            fields |= {"phase": verdict.failed_in.value, "reason": more[-1] if more else first}
+            if more:
+                log.text("reload", verdict.reason)
+        log.event(f"reload_{result.value}", **fields)
+        if result.value in RESULTS:
+            daemon[RELOADS + RESULTS.index(result.value)] += 1
+        daemon[RELOAD_NS] = int(verdict.seconds * 1e9)
+        if result is Phase.DONE:
+            daemon[RELOADED_AT] = time_ns()
+        for tell in self.tell:
+            tell(verdict)
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether a reload or an upgrade may begin: never two of them at a time."""
+        return self.is_ready and not self.is_stopping and self.reloading is None and self.preflight is None
+
+    # The upgrade.
+
+    def ask_for_upgrade(self, python: str = sys.executable, tell: Callable[[str], None] | None = None) -> None:
+        """Want another program to take over under our pid; ``tell`` hears why it does not."""
+        before = self.upgrade_wanted.tell if self.upgrade_wanted else []
+        self.upgrade_wanted = UpgradeWanted(python, [*before, *([tell] if tell else [])])
+
+    def settle_upgrade(self) -> None:
+        """Begin with the upgrade that is wanted, and take it on."""
+        if self.upgrade_wanted is None:
+            return None
+        if self.preflight is None and self.may_begin:
+            boot_timeout = sum(service.newest.settings.boot_timeout for service in self.roster.targets)
+            try:
+                self.preflight = Preflight(self.upgrade_wanted.python, boot_timeout, self.selector)
+            except OSError as error:
+                return self.refuse_upgrade(f"{self.upgrade_wanted.python}: {error.strerror}")
+        if self.preflight is not None:
+            self.preflight.settle()
+            if self.preflight.is_over:
+                failure, self.preflight = self.preflight.failure, None
+                self.refuse_upgrade(failure or self.hand_over(self.upgrade_wanted.python))
+        return None
+
+    def hand_over(self, python: str) -> str:
+        """Become another program. Returns only if the system refuses, and why."""
+        log.event("handing_over", python=python)
+        state, needed = hand_over(self.roster, __version__, self.started, {"nofile": limits.inherited()})
+        return f"{python}: {execute(python, state, needed, SIGNALS).strerror}"
+
+    def refuse_upgrade(self, reason: str) -> None:
+        """Say why nothing has changed."""
+        first, *more = reason.splitlines()
+        if more:
+            log.text("upgrade", reason)
+        log.event("upgrade_refused", reason=more[-1] if more else first)
+        tell, self.upgrade_wanted = self.upgrade_wanted.tell if self.upgrade_wanted else [], None
+        for each in tell:
+            each(reason)
+
+    def conclude_upgrade(self, release: str, verdict: Verdict) -> None:
+        """Say how the reload has ended that belongs to an upgrade: the master is another one in any case."""
+        name = "upgrade_done" if verdict.result is Phase.DONE else "upgrade_without_reload"
+        log.event(name, **{"from": release, "to": __version__}, seconds=verdict.seconds)
 
     # Children that have died.
 
@@ -141,12 +278,11 @@ class Master:
 
         Molds are heard first: a worker's pid is told before it becomes our child, so whom nobody knows is a stranger.
         """
-        for service in self.everyone:
-            service.hear_mold()
+        for service in self.roster:
+            service.hear_molds()
         while (pid := _next_dead_child()) is not None:
-            if self.watcher is not None and self.watcher.reap(pid):
-                continue
-            if not any(service.reap(pid) for service in self.everyone):
+            known = any(child.reap(pid) for child in (*self.roster, self.watcher, self.preflight) if child is not None)
+            if not known:
                 _, status = os.waitpid(pid, 0)
                 log.event("stranger_reaped", pid=pid, status=os.waitstatus_to_exitcode(status))
 
@@ -170,22 +306,27 @@ class Master:
         if not self.is_stopping:
             notify.systemd("STOPPING=1")
         self.is_stopping = True
-        for service in self.everyone:
-            service.pool.haste = max(service.pool.haste, haste)
-            if service is not self.exporter or not self.is_ready:
+        if self.reloading is not None:
+            self.reloading.stop()
+            self.settle_reload()
+        if self.preflight is not None:
+            self.preflight.kill()
+        for service in self.roster:
+            service.pool.hurry(haste)
+            if service is not self.roster.exporter or not self.is_ready:
                 service.stop()
 
     def reload(self) -> None:
-        """Reload: not yet."""
-        log.event("reload", result="not yet")
+        """Reload settings and code: the new generation takes over if it proves itself, else the old one goes on."""
+        self.ask_for_reload()
 
     def upgrade(self) -> None:
-        """Upgrade: not yet."""
-        log.event("upgrade", result="not yet")
+        """Upgrade: what is installed now takes over under the same pid, if it proves that it starts; then reload."""
+        self.ask_for_upgrade()
 
     def dump(self) -> None:
         """Write the state of every lane and the stacks of every worker to the log."""
-        for service in self.everyone:
+        for service in self.roster:
             service.dump()
 
     def more(self) -> None:
@@ -197,8 +338,8 @@ class Master:
         self.resize(-1)
 
     def resize(self, by: int) -> None:
-        for service in self.services if not self.is_stopping else ():
-            size = min(max(service.pool.size + by, 1), service.board.section.rows)
+        for service in self.roster.targets if not self.is_stopping else ():
+            size = min(max(service.pool.size + by, 1), MOST_CHILDREN)
             log.event("resized", service=service.name, workers=size, before=service.pool.size)
             service.pool.resize(size)
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
+from typing import Self
 
 from preforkd import limits
 from preforkd.wakeup import held
@@ -19,27 +20,35 @@ KEPT: set[int] = set()
 class Mold:
     """One mold, from its fork to its end."""
 
-    def __init__(self, spec: Spec, boot_timeout: float) -> None:
+    def __init__(self, pid: int, channel: socket.socket, born: float, deadline: float) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.born = born
+        self.deadline = deadline  # of the step that it is at: ready, or dead after a signal
         self.ready = False
-        self.born = monotonic()
-        self.deadline = self.born + boot_timeout  # of the step that it is at: ready, or dead after a signal
         self.cause: str | None = None  # why it was killed, if it was
         self.is_mute = False  # its end of the channel is closed
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.stack = ""  # what faulthandler has written when it was killed
+
+    @classmethod
+    def fork(cls, spec: Spec, boot_timeout: float) -> Self:
+        """Fork a mold. Raises OSError when the system refuses."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.channel.setblocking(False)
+            ours.setblocking(False)
             try:
                 with held(signal.valid_signals()):
-                    self.pid = os.fork()
-                    if self.pid == 0:
+                    pid = os.fork()
+                    if pid == 0:
                         _become_mold(spec, theirs)
             except OSError:
-                self.channel.close()
+                ours.close()
                 raise
+        return cls(pid, ours, monotonic(), monotonic() + boot_timeout)
 
-    def ask(self, serial: int, slot: int, end: socket.socket) -> None:
+    def ask(self, serial: int, slot: int, row_at: int, end: socket.socket) -> None:
         """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""
-        protocol.send(self.channel, f"{serial} {slot}", end.fileno())
+        protocol.send(self.channel, f"{serial} {slot} {row_at}", end.fileno())
 
     def hear(self) -> Iterator[tuple[str, str]]:
         """What the mold has said since the last time: a word of the protocol, and the rest.
@@ -51,6 +60,8 @@ class Mold:
                 said, _ = protocol.receive(self.channel)
                 if said is None:
                     self.is_mute = True
+                elif not said.startswith(protocol.WORD):
+                    self.stack += said
                 else:
                     word, _, rest = said.partition(" ")
                     yield word, rest
