@@ -248,9 +248,7 @@ def test_after_an_upgrade_there_is_one_watcher_and_the_next_save_serves(daemon: 
 
 
 def test_a_probation_that_is_asked_for_is_kept(serve: Serve, app: Path) -> None:
-    daemon = serve("app:Answer", *TCP, *ONE, "--dev", "--set", "probation_requests=1", "--set", "probation=1h")
+    daemon = serve("app:Answer", *TCP, *ONE, "--dev", "--set", "probation=300ms")
     watching(daemon, app.parent)
     save(app, HANDLER.format(answer="b'2'"))
-    daemon.log.wait_for("^reload gen=2 phase=probation")
-    answers(daemon, b"2")
-    daemon.log.wait_for("^reload_done gen=2")
+    assert float(daemon.log.wait_for(r"^reload_done gen=2 seconds=(\S+)")[1]) >= 0.3
