@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from preforkd import __version__, log, settings
 from preforkd.exits import Exit
@@ -27,15 +26,10 @@ def main(arguments: Sequence[str]) -> int:
         return Exit.STOPPED
     if options.config is not None and (options.target or options.listen):
         parser.error("-c FILE names targets and addresses: give either it, or TARGET and --listen")
-    watch = None
-    if options.dev:
-        from preforkd import dev
-
-        watch = partial(dev.Watcher, options.config)
     if options.command == "serve" and VARIABLE in os.environ:
         from preforkd.serve import resume
 
-        return resume(int(os.environ.pop(VARIABLE)), lambda: _checked(options), watch)
+        return resume(int(os.environ.pop(VARIABLE)), lambda: _checked(options), _watched(options))
     if options.command == "check" and options.takes_state not in (None, STATE_VERSION):
         _complain([f"{sys.executable}, preforkd {__version__}: {refusal(options.takes_state)}; restart it instead"])
         return Exit.SYSTEM
@@ -54,12 +48,20 @@ def main(arguments: Sequence[str]) -> int:
         return check_targets(checked)
     from preforkd.serve import serve
 
-    if options.dev and not dev.is_possible():
-        _complain([dev.MISSING])
-        return Exit.SYSTEM
+    if options.dev:
+        from preforkd import dev
+
+        if not dev.is_possible():
+            _complain([dev.MISSING])
+            return Exit.SYSTEM
     if not (options.target or options.config):
         log.event("sample", target=SAMPLE_TARGET, advice="for your own: preforkd serve TARGET --listen URL")
-    return serve(checked, lambda: _checked(options), watch)
+    return serve(checked, lambda: _checked(options), _watched(options))
+
+
+def _watched(options: argparse.Namespace) -> list[str] | None:
+    """The files to watch beside the sources, in dev mode; None in any other."""
+    return [options.config] * bool(options.config) if options.dev else None
 
 
 def _complain(lines: Sequence[str]) -> None:
@@ -74,10 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"preforkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|check|settings")
     serve = commands.add_parser("serve", help="run the services in the foreground, until a signal stops them")
-    parser.set_defaults(dev=False)
     serve.add_argument("--dev", action="store_true", help="reload when a source of the target is saved")
     checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")
-    checked.add_argument("--dev", action="store_true", help=argparse.SUPPRESS)  # from such a daemon
+    checked.add_argument("--dev", action="store_true", help=argparse.SUPPRESS)  # from a daemon in dev mode
     checked.add_argument("--takes-state", type=int, help=argparse.SUPPRESS)  # from a daemon that wants to upgrade
     commands.add_parser("settings", help="print the reference of all settings")
     for command in (serve, checked):
@@ -126,8 +127,6 @@ def _checked(options: argparse.Namespace) -> Checked:
             own.append(Value("--listen", name, "listen", listen))
         if not options.target:
             values.append(Value("metrics", None, "metrics", SAMPLE_METRICS))
-    if options.dev:  # below everything that is said otherwise: nobody wants to wait for the result of a save
-        values.insert(0, Value("--dev", None, "probation", "0s", is_text=True))
     flags = ("handler", "kind", "max_children", "metrics", "control", "ready_fd")
     given = [(flag, getattr(options, flag)) for flag in flags if getattr(options, flag) is not None]
     own += [Value(f"--{flag.replace('_', '-')}", None, flag, raw, is_text=True) for flag, raw in given]
@@ -135,6 +134,8 @@ def _checked(options: argparse.Namespace) -> Checked:
         own += from_pairs(options.pairs)
     except Faults as wrong:
         faults += wrong.lines
+    if options.command == "serve" and options.dev:  # whoever has just saved waits for it
+        values.insert(0, Value("--dev", None, "probation", "0", is_text=True))
     return check([*values, *from_environment(os.environ), *own], name, faults)
 
 

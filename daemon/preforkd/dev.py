@@ -6,13 +6,12 @@ and sends the master SIGHUP.
 """
 
 import os
-import select
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from time import time_ns
-from typing import NoReturn, Self
+from typing import NoReturn
 
 from setproctitle import setproctitle
 
@@ -37,29 +36,26 @@ def is_possible() -> bool:
 class Watcher:
     """The master's side of the watcher: from its fork to its end."""
 
-    def __init__(self, config: str | None) -> None:
-        """Start it. ``config`` is a file to watch beside the sources. Raises OSError when the system refuses."""
+    def __init__(self, files: Sequence[str]) -> None:
+        """Start it. ``files`` are watched beside the sources. Raises OSError when the system refuses."""
         born, master = time_ns(), os.getpid()
         reader, writer = os.pipe()
-        gone, self._lifeline = os.pipe()  # which nobody but this very program holds
         with held(signal.valid_signals()):
             pid = os.fork()
             if pid == 0:
-                _become_watcher(Directories(reader, config and os.path.abspath(config), born), gone, master)
+                _become_watcher(reader, [*map(os.path.abspath, files)], born, master)
         os.close(reader)
-        os.close(gone)
         os.set_blocking(writer, False)
         self.pid: int | None = pid
         molds.KEPT.add(writer)
         imports.see(writer, os.path.dirname(__file__))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """End it."""
         if self.pid is not None:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
+            self.pid = None
 
     def reap(self, pid: int) -> bool:
         """Collect the exit status of this pid, if it is the watcher's. Whether it was."""
@@ -72,10 +68,10 @@ class Watcher:
         return True
 
 
-def _become_watcher(directories: "Directories", gone: int, master: int) -> NoReturn:
+def _become_watcher(reader: int, files: Sequence[str], born: int, master: int) -> NoReturn:
     """In the child: let go of all that is the master's, and never come back."""
     try:
-        molds.close_all_but({0, 1, 2, directories.reader, gone})
+        molds.close_all_but({0, 1, 2, reader})
         limits.restore()
         from preforkd_workers import process  # here and not above: the master does without socketserver
 
@@ -83,23 +79,22 @@ def _become_watcher(directories: "Directories", gone: int, master: int) -> NoRet
         setproctitle("preforkd: watcher")
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         prctl.signal_on_parent_death(signal.SIGKILL)
-        os.set_blocking(directories.reader, False)
-        if os.getppid() == master:  # or it has died already
-            process.leave(lambda: _watch(directories, gone, master))
+        os.set_blocking(reader, False)
+        process.leave(lambda: _watch(Directories(reader, files, born), master))
     finally:
         os._exit(1)
 
 
-def _watch(directories: "Directories", gone: int, master: int) -> None:
-    """Until the master is gone, or has become another program (which starts a watcher of its own)."""
+def _watch(directories: "Directories", master: int) -> None:
+    """Until the master is gone."""
     from watchfiles import PythonFilter, watch
 
     is_source = PythonFilter()
-    while not select.select([gone], [], [], 0)[0]:
+    while os.getppid() == master:
         is_first = True
         for changes in watch(
             *directories.begin(),
-            watch_filter=lambda change, path: is_source(change, path) or path == directories.config,
+            watch_filter=lambda change, path: is_source(change, path) or path in directories.files,
             rust_timeout=TICK,
             yield_on_timeout=True,
             recursive=False,
@@ -114,17 +109,17 @@ def _watch(directories: "Directories", gone: int, master: int) -> None:
             if changed and os.getppid() == master:
                 log.event("dev_changed", files=" ".join(sorted(changed)))
                 os.kill(master, signal.SIGHUP)
-            if directories.have_changed() or select.select([gone], [], [], 0)[0]:
+            if directories.have_changed():
                 break
 
 
 class Directories:
     """What is watched, and until when it is known what has happened there."""
 
-    def __init__(self, reader: int, config: str | None, born: int) -> None:
-        self.config = config
-        self.since = {os.path.dirname(config): born} if config else {}  # by directory: nanoseconds since the epoch
-        self.reader = reader
+    def __init__(self, reader: int, files: Sequence[str], born: int) -> None:
+        self.files = files
+        self.since = dict.fromkeys(map(os.path.dirname, files), born)  # by directory: nanoseconds since the epoch
+        self._reader = reader
         self._unfinished_line = b""
         self._watched: Mapping[str, object] = {}
 
@@ -149,7 +144,7 @@ class Directories:
     def _hear(self) -> None:
         """What has been imported meanwhile."""
         with suppress(BlockingIOError):
-            while said := os.read(self.reader, 1 << 16):
+            while said := os.read(self._reader, 1 << 16):
                 *lines, self._unfinished_line = (self._unfinished_line + said).split(b"\n")
                 for line in lines:
                     since, _, directory = os.fsdecode(line).partition(" ")
@@ -166,6 +161,6 @@ class Directories:
     def _later_than(self, since: int, directory: str) -> Iterable[str]:
         with suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
-                is_meant = entry.name.endswith(".py") or entry.path == self.config
+                is_meant = entry.name.endswith(".py") or entry.path in self.files
                 if is_meant and entry.stat(follow_symlinks=False).st_ctime_ns > since:
                     yield entry.path

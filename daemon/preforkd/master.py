@@ -44,9 +44,10 @@ HEARTBEAT_EVERY = 1.0
 
 
 class Watcher(Protocol):
-    """Dev mode's child: no worker and no mold."""
+    """A child that is no worker and no mold."""
 
     def reap(self, pid: int) -> bool: ...
+    def stop(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Master:
         self.roster = roster
         self.selector = selector
         self.read = read
-        self.watcher: Watcher | None = None
+        self.watcher: Watcher | None = None  # in dev mode
         self.started = monotonic()
         self.is_ready = False
         self.is_stopping = False
@@ -206,13 +207,13 @@ class Master:
         """Say how a reload has ended: to the log, to the scoreboard, and to those who asked for it."""
         self.verdict = verdict
         result, daemon = verdict.result, self.roster.board.daemon
-        fields: dict[str, object] = {"gen": verdict.generation, "seconds": verdict.seconds}
+        fields: dict[str, object] = {}
         if result is not Phase.DONE and verdict.failed_in is not None:
             first, *more = verdict.reason.splitlines() or [""]
             fields |= {"phase": verdict.failed_in.value, "reason": more[-1] if more else first}
             if more:
                 log.text("reload", verdict.reason)
-        log.event(f"reload_{result.value}", **fields)
+        log.event(f"reload_{result.value}", gen=verdict.generation, **fields, seconds=verdict.seconds)
         if result.value in RESULTS:
             daemon[RELOADS + RESULTS.index(result.value)] += 1
         daemon[RELOAD_NS] = int(verdict.seconds * 1e9)
@@ -254,6 +255,8 @@ class Master:
         """Become another program. Returns only if the system refuses, and why."""
         log.event("handing_over", python=python)
         state, needed = hand_over(self.roster, __version__, self.started, {"nofile": limits.inherited()})
+        if self.watcher is not None:
+            self.watcher.stop()
         return f"{python}: {execute(python, state, needed, SIGNALS).strerror}"
 
     def refuse_upgrade(self, reason: str) -> None:
@@ -281,8 +284,8 @@ class Master:
         for service in self.roster:
             service.hear_molds()
         while (pid := _next_dead_child()) is not None:
-            known = any(child.reap(pid) for child in (*self.roster, self.watcher, self.preflight) if child is not None)
-            if not known:
+            known = any(service.reap(pid) for service in self.roster)
+            if not known and not any(each.reap(pid) for each in (self.preflight, self.watcher) if each is not None):
                 _, status = os.waitpid(pid, 0)
                 log.event("stranger_reaped", pid=pid, status=os.waitstatus_to_exitcode(status))
 

@@ -2,23 +2,22 @@
 
 import os
 import selectors
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from preforkd import handover, limits, log
 from preforkd.exits import Exit
-from preforkd.master import SIGNALS, Master, Watcher
+from preforkd.master import SIGNALS, Master
 from preforkd.roster import Roster, not_passed
 from preforkd.sources import Checked, Faults
 from preforkd.wakeup import release
 from preforkd_workers.scoreboard import Scoreboard
 
-Watch = Callable[[], AbstractContextManager[Watcher]]
 
+def serve(checked: Checked, read: Callable[[], Checked], watched: Sequence[str] | None = None) -> Exit:
+    """Serve until stopped. ``read`` gives the settings anew, for a reload.
 
-def serve(checked: Checked, read: Callable[[], Checked], watch: Watch | None = None) -> Exit:
-    """Serve until stopped. ``read`` gives the settings anew, for a reload; ``watch`` starts dev mode's watcher.
-
+    ``watched``: reload when a source of the target is saved, or one of these files; None: nobody looks.
     Call with the master's signals held, so that none is lost before the loop runs.
     """
     # Before we open anything under a number that was meant to be inherited.
@@ -36,12 +35,12 @@ def serve(checked: Checked, read: Callable[[], Checked], watch: Watch | None = N
             for service in roster.load(change):
                 service.roll(checked.settings.max_old_generations)
             roster.commit(change)
-            return _run(Master(roster, selector, read), watch)
+            return _run(Master(roster, selector, read), watched)
         finally:
             roster.close()
 
 
-def resume(state: int, read: Callable[[], Checked], watch: Watch | None = None) -> Exit:
+def resume(state: int, read: Callable[[], Checked], watched: Sequence[str] | None = None) -> Exit:
     """Go on where a master before us under the same pid has handed over, and reload. Signals as for ``serve``."""
     inherited = handover.read(state)
     os.close(state)
@@ -51,18 +50,18 @@ def resume(state: int, read: Callable[[], Checked], watch: Watch | None = None) 
             limits.use_all_descriptors(inherited.extras["nofile"])
             master = Master(roster, selector, read)
             master.resume(inherited.release, inherited.started)
-            return _run(master, watch)
+            return _run(master, watched)
         finally:
             roster.close()
 
 
-def _run(master: Master, watch: Watch | None) -> Exit:
+def _run(master: Master, watched: Sequence[str] | None) -> Exit:
     with ExitStack() as tidy:
-        if watch is not None:
-            try:
-                master.watcher = tidy.enter_context(watch())
-            except OSError as error:
-                log.event("dev_ended", reason=error.strerror, advice="saves are not noticed; SIGHUP reloads")
+        if watched is not None:
+            from preforkd.dev import Watcher
+
+            master.watcher = Watcher(watched)
+            tidy.callback(master.watcher.stop)
         release(SIGNALS)
         return master.serve_forever()
 
