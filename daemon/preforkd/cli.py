@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from preforkd import __version__, log, settings
 from preforkd.exits import Exit
 from preforkd.sources import EXPORTER, Checked, Faults, Value, check, from_environment, from_file, from_pairs
-from preforkd.succession import STATE_VERSION, VARIABLE, refusal
+from preforkd.upgrade import VARIABLE
 from preforkd.wakeup import release
 
 SAMPLE_TARGET = "preforkd_workers.samples:Upper"
@@ -30,9 +30,12 @@ def main(arguments: Sequence[str]) -> int:
         from preforkd.serve import resume
 
         return resume(int(os.environ.pop(VARIABLE)), lambda: _checked(options), _watched(options))
-    if options.command == "check" and options.takes_state not in (None, STATE_VERSION):
-        _complain([f"{sys.executable}, preforkd {__version__}: {refusal(options.takes_state)}; restart it instead"])
-        return Exit.SYSTEM
+    if options.command == "check" and options.state_fd is not None:
+        from preforkd.handover import rehearse
+
+        if refusal := rehearse(options.state_fd):
+            _complain([f"{sys.executable}, preforkd {__version__}: {refusal}; restart the daemon instead"])
+            return Exit.SYSTEM
     try:
         checked = _checked(options)
     except Faults as faults:
@@ -79,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--dev", action="store_true", help="reload when a source of the target is saved")
     checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")
     checked.add_argument("--dev", action="store_true", help=argparse.SUPPRESS)  # from a daemon in dev mode
-    checked.add_argument("--takes-state", type=int, help=argparse.SUPPRESS)  # from a daemon that wants to upgrade
+    checked.add_argument("--state-fd", type=int, help=argparse.SUPPRESS)  # from a daemon that wants to upgrade
     commands.add_parser("settings", help="print the reference of all settings")
     for command in (serve, checked):
         _add_options(command)

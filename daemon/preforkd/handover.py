@@ -8,24 +8,25 @@ import os
 import selectors
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from preforkd import settings
+from preforkd import __version__, limits, settings
 from preforkd.children import Child
 from preforkd.generations import Generation
-from preforkd.listeners import Bound, parse
+from preforkd.listeners import Address, Bound, Rules, parse
 from preforkd.molds import Mold
 from preforkd.plan import State, Wanted
 from preforkd.pool import Pool
 from preforkd.roster import Roster, rules_of
 from preforkd.service import Service
 from preforkd.sources import EXPORTER, Checked
-from preforkd.succession import STATE_VERSION, refusal
 from preforkd_workers.scoreboard import Scoreboard
 from preforkd_workers.spec import Listener
+
+# To be raised with every change of what follows, of the scoreboard's layout, or of the protocol with molds and workers.
+STATE_VERSION = 1
 
 
 class _Listener(Struct):
@@ -97,39 +98,40 @@ class Inheritance(Struct):
     settings: settings.Settings
     listeners: list[_Listener]
     services: list[_Service]
-    extras: dict[str, Any]  # of the daemon around the roster: descriptors by name, the manager's environment, …
+    control: _Listener | None
+    sizes_before_drain: dict[str, int]
+    nofile: tuple[int, int]  # the limit that the daemon was started with, soft and hard
 
 
-def hand_over(roster: Roster, release: str, started: float, extras: dict[str, Any]) -> tuple[int, list[int]]:
+def hand_over(
+    roster: Roster, control: Bound | None, started: float, sizes_before_drain: dict[str, int]
+) -> tuple[int, list[int]]:
     """Write the state to a memfd. Returns its descriptor, and those that the successor needs, it among them."""
-    listeners = [
-        _Listener(
-            bound.listener.socket.fileno(),
-            bound.listener.url,
-            bound.address.url,
-            _service_of(roster, bound),
-            bound.path,
-            bound.inode,
-        )
-        for bound in roster.bound
-    ]
+    listeners = [_listener(bound, _service_of(roster, bound)) for bound in roster.bound]
     places = {id(bound): place for place, bound in enumerate(roster.bound)}
     services = [_service(service, service in roster.leaving, places) for service in roster]
     state = Inheritance(
         STATE_VERSION,
-        release,
+        __version__,
         started,
         roster.board.fd,
         roster.generation,
         roster.checked.settings,
         listeners,
         services,
-        extras,
+        _listener(control, "") if control else None,
+        sizes_before_drain,
+        limits.inherited(),
     )
     fd = os.memfd_create("preforkd-state")
     os.pwrite(fd, msgspec.json.encode(state), 0)
     needed = [fd, state.board, *(each.fd for each in listeners), *_descriptors(services)]
-    return fd, needed
+    return fd, needed + ([state.control.fd] if state.control else [])
+
+
+def _listener(bound: Bound, service: str) -> _Listener:
+    number, url = bound.listener.socket.fileno(), bound.listener.url
+    return _Listener(number, url, bound.address.url, service, bound.path, bound.inode)
 
 
 def _descriptors(services: list[_Service]) -> Iterator[int]:
@@ -192,6 +194,22 @@ def _child(child: Child) -> _Child:
 # The other side.
 
 
+def refusal(version: object) -> str:
+    """What is said of a state that we cannot take over."""
+    return f"the daemon that runs hands over a state of version {version}, and this takes over version {STATE_VERSION}"
+
+
+def rehearse(fd: int) -> str | None:
+    """Why we could not take over the state in this descriptor, if so: asked before anything is at stake."""
+    try:
+        for listener in (state := read(fd)).listeners:
+            _address(listener)
+        _addresses(state)
+    except ValueError as fault:
+        return str(fault)
+    return None
+
+
 def read(fd: int) -> Inheritance:
     """The state in this descriptor. Raises ValueError when it is of another version, or none at all."""
     text = os.pread(fd, os.fstat(fd).st_size, 0)
@@ -203,11 +221,8 @@ def read(fd: int) -> Inheritance:
 
 def take_over(state: Inheritance, selector: selectors.BaseSelector) -> Roster:
     """Everything that is served, as the predecessor has left it."""
-    addresses = {name: [parse(url) for url in each.listen] for name, each in state.settings.services.items()}
-    if state.settings.metrics:
-        addresses[EXPORTER] = [parse(state.settings.metrics)]
     board = Scoreboard.attach(state.board)
-    roster = Roster(Checked(state.settings, addresses), board, selector)
+    roster = Roster(Checked(state.settings, _addresses(state)), board, selector)
     roster.generation = state.generation
     roster.bound = [_bound(each, state) for each in state.listeners]
     for told in state.services:
@@ -219,12 +234,28 @@ def take_over(state: Inheritance, selector: selectors.BaseSelector) -> Roster:
     return roster
 
 
+def _addresses(state: Inheritance) -> dict[str, list[Address]]:
+    addresses = {name: [parse(url) for url in each.listen] for name, each in state.settings.services.items()}
+    if state.settings.metrics:
+        addresses[EXPORTER] = [parse(state.settings.metrics)]
+    return addresses
+
+
+def control(state: Inheritance) -> Bound | None:
+    """The control socket, as the predecessor has left it."""
+    return _bound(state.control, state) if state.control else None
+
+
 def _bound(told: _Listener, state: Inheritance) -> Bound:
     os.set_inheritable(told.fd, False)
     made = socket.socket(fileno=told.fd)
     wanted = state.settings.services.get(told.service)
-    bound = Bound(Listener(told.listener_url, made), told.path, told.inode, parse(told.address))
-    return bound if wanted is None else Bound(bound.listener, told.path, told.inode, bound.address, rules_of(wanted))
+    address, rules = _address(told), rules_of(wanted) if wanted else Rules()
+    return Bound(Listener(told.listener_url, made), told.path, told.inode, address, rules)
+
+
+def _address(told: _Listener) -> Address:
+    return parse(told.address) if told.address else Address("", "")  # the control socket is not asked for by an address
 
 
 def _restored(told: _Service, roster: Roster) -> Service:

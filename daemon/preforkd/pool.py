@@ -178,7 +178,7 @@ class Pool:
                     child.send(END_OF_FILE)
                     self._log("end_of_file", child)
                 case Kill(Child() as child, cause):
-                    self._kill(child, cause)
+                    self.kill(child, cause)
 
     def _spawn(self, slot: int, generation: int) -> None:
         try:
@@ -249,7 +249,7 @@ class Pool:
         where = {"service": self.name, "slot": slot, "gen": generation}
         self.journal.event("spawn_refused", **where, reason=reason, retry_in=wait, advice=advice)
 
-    def _kill(self, child: Child, cause: str) -> None:
+    def kill(self, child: Child, cause: str) -> None:
         """First a signal that leaves the stacks (faulthandler), then the one that nothing withstands."""
         number = signal.SIGKILL if child.state is State.KILLED else signal.SIGABRT
         self._log("kill", child, cause=cause, signal=number.name, busy=child.busy)

@@ -108,7 +108,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metrics: Annotated[
         str, Meta(description="address of the exporter, `/metrics`, `/healthz`, `/readyz`; empty: none")
     ] = ""
-    control: Annotated[str, Meta(description="path of the control socket; not used yet", extra=_NEEDS_RESTART)] = ""
+    control: Annotated[
+        str,
+        Meta(description="path of the control socket; empty: in the runtime directory", extra=_NEEDS_RESTART),
+    ] = ""
     ready_fd: Annotated[
         int,
         Meta(

@@ -13,8 +13,10 @@ from contextlib import suppress
 from time import monotonic
 
 from preforkd import log
-from preforkd.succession import STATE_VERSION, VARIABLE
 from preforkd.wakeup import held
+
+# The variable that tells a successor the descriptor of the state.
+VARIABLE = "_PREFORKD_STATE_FD"
 
 # For the new interpreter to start, beyond the time that its targets take; seconds.
 START_TIMEOUT = 10.0
@@ -32,7 +34,8 @@ def command(python: str, *words: str) -> list[str]:
 class Preflight:
     """The child that proves that the successor would start. Raises OSError when it cannot be started itself."""
 
-    def __init__(self, python: str, boot_timeout: float, selector: selectors.BaseSelector) -> None:
+    def __init__(self, python: str, state: int, boot_timeout: float, selector: selectors.BaseSelector) -> None:
+        """Start it. ``state``, a descriptor, is what would be handed over by now; it is closed."""
         self.python = python
         self.selector = selector
         self.deadline = monotonic() + boot_timeout + START_TIMEOUT
@@ -41,7 +44,8 @@ class Preflight:
         self.is_late = False
         self._reader, writer = os.pipe()
         os.set_blocking(self._reader, False)
-        words = [*command(python, "check"), "--takes-state", str(STATE_VERSION)]
+        words = [*command(python, "check"), "--state-fd", str(state)]
+        os.set_inheritable(state, True)
         try:
             self.pid = os.posix_spawn(
                 python,
@@ -56,6 +60,7 @@ class Preflight:
             raise
         finally:
             os.close(writer)
+            os.close(state)
         selector.register(self._reader, selectors.EVENT_READ, self._hear)
         log.event("upgrade_preflight", pid=self.pid, python=python)
 
