@@ -390,6 +390,7 @@ def test_a_configured_socket_that_cannot_be_made_is_one_line_and_status_1(
     with obstacle(path):
         daemon = serve(":Upper", *TCP, "--control", path, ready=False)
         assert daemon.wait() == 1
+        daemon.log.finish()
         (line,) = daemon.log.lines
         assert line.startswith(f'cannot_start reason="control: unix:{path}: ')
         assert reason in line
