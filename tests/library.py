@@ -417,7 +417,7 @@ def orphaned() -> None:
 
 
 def orphaned_with_a_client() -> None:
-    """The master is killed while a silent client holds a worker, which reads end-of-file in time: there is a deadline."""
+    """The master is killed while a silent client holds a worker: it reads end-of-file, for there is a deadline."""
     with PreForkingTCPServer(LOOPBACK, Hold) as server:
         server.max_children, server.graceful_timeout, server.eof_timeout = 1, 2.0, 1.9
         if os.fork() == 0:
