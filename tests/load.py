@@ -112,6 +112,7 @@ class Load:
         self.connected: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
         self.details: list[dict[str, Any]] = []
         self.generations: dict[str, dict[str, Any]] = {}
         self.longest = 0.0
@@ -231,6 +232,7 @@ class Load:
     def fail(self, question: Question, fault: str, detail: str) -> None:
         question.failed = True
         self.faults[fault] += 1
+        self.lost[question.kind] += fault != "wrong"
         if len(self.details) < DETAILS:
             took = round(monotonic() - question.asked, 4)
             where = {"client": question.kind, "serial": question.serial, "port": question.port}
@@ -244,6 +246,7 @@ class Load:
             "answered": self.answered,
             "connected": self.connected,
             "ended": self.ended,
+            "lost": self.lost,
             "open": self.open,
             "generations": self.generations,
             "details": self.details,

@@ -2,21 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self
 
-from tests.daemon import Daemon
+from tests.daemon import Daemon, eventually
 from tests.load import DETAILS
 
 ROOT = Path(__file__).parents[1]
 
 # The code that is deployed: two modules that both know the generation, and answer as load.py wants it.
 PART = "GENERATION = {generation}\n"
-APP = '''
+APP = """
 import os
 from socketserver import DatagramRequestHandler, StreamRequestHandler, TCPServer, UDPServer
 
@@ -49,7 +51,9 @@ class Stream(TCPServer):
 
 class Datagrams(UDPServer):
     pass
-'''
+"""
+
+SERVICES = "stream", "datagrams"
 
 # The target is a server class, so that broken code can override what runs in a worker only.
 SETTINGS = """
@@ -127,6 +131,7 @@ class Report:
     answered: dict[str, int]
     connected: dict[str, int]
     ended: dict[str, int]
+    lost: dict[str, int]
     open: int
     generations: dict[str, dict[str, Any]]
     details: list[dict[str, Any]]
@@ -143,21 +148,54 @@ class Report:
         counts = {name: getattr(self, name) for name in ("refused", "reset", "unanswered", "wrong")}
         return {name: count for name, count in counts.items() if count}
 
-    @property
-    def lost(self) -> int:
-        """Requests that were asked and not answered."""
-        return self.refused + self.reset + self.unanswered
+    def requests(self, service: str) -> int:
+        """How many requests there were as the daemon counts them: a long-lived connection is one."""
+        if service == "datagrams":
+            return self.asked.get("datagram", 0)
+        return self.asked.get("visit", 0) + self.connected.get("talk", 0) + self.connected.get("stay", 0)
 
-    def requests(self, *, streams: bool) -> int:
-        """How many requests a daemon has seen that has seen them all: a long-lived connection is one."""
-        if streams:
-            return self.asked.get("visit", 0) + self.connected.get("talk", 0) + self.connected.get("stay", 0)
-        return self.asked.get("datagram", 0)
+    def unanswered_by(self, service: str) -> int:
+        """Requests to this service that were lost, in whatever way."""
+        return sum(count for kind, count in self.lost.items() if (kind == "datagram") == (service == "datagrams"))
 
-    def details_text(self) -> str:
+    def text(self) -> str:
+        """What went wrong."""
         lines = [" ".join(f"{key}={value}" for key, value in each.items()) for each in self.details]
         more = [f"(the first {DETAILS})"] if len(lines) == DETAILS else []
         return "\n".join([str(self.faults), *lines, *more])
+
+
+def outcomes(daemon: Daemon, service: str) -> dict[str, int]:
+    """Requests of the service by outcome as the daemon counts them, without those that are zero."""
+    pattern = rf'preforkd_requests_total\{{outcome="(\w+)",service="{service}"\}}'
+    found = {m[1]: int(value) for name, value in daemon.metrics().items() if (m := re.fullmatch(pattern, name))}
+    return {outcome: count for outcome, count in found.items() if count}
+
+
+def check_nothing_lost(daemon: Daemon, report: Report) -> None:
+    """Every request was answered, rightly, and is counted so by the daemon."""
+    assert not report.faults, report.text()
+    for service in SERVICES:  # the last ones are counted a moment after they were answered
+        eventually(lambda service=service: outcomes(daemon, service) == {"ok": report.requests(service)})  # type: ignore[misc]
+
+
+def check_losses(daemon: Daemon, report: Report, kills: Mapping[str, int]) -> None:
+    """So many workers of a service were killed, each with the request that it held and no other.
+
+    A worker that dies right after it has answered loses nothing, and is counted as if; one that dies right after it
+    has taken a request loses one that nobody could count.
+    """
+    assert not report.wrong, report.text()
+    assert not report.refused, report.text()
+    for service in SERVICES:
+        killed = kills.get(service, 0)
+        asked = report.requests(service)
+        eventually(lambda service=service, least=asked - killed: sum(outcomes(daemon, service).values()) >= least)  # type: ignore[misc]
+        counted = outcomes(daemon, service)
+        ended = counted.get("ok", 0) + counted.get("error", 0)
+        assert counted.get("killed", 0) <= killed
+        assert ended + counted.get("killed", 0) <= asked
+        assert report.unanswered_by(service) <= min(killed, asked - ended), report.text()
 
 
 class Load:
@@ -174,10 +212,11 @@ class Load:
         stayers: int = 2,
         **options: float,
     ) -> None:
-        words = ["--clients", clients, "--talkers", talkers, "--stayers", stayers]
+        words: list[object] = ["--clients", clients, "--talkers", talkers, "--stayers", stayers]
         for name, service in (("--tcp", stream), ("--udp", datagram)):
             if service is not None:
-                words += [name, "%s:%d" % daemon.address(service)]
+                host, port = daemon.address(service)
+                words += [name, f"{host}:{port}"]
         for option, value in options.items():
             words += [f"--{option.replace('_', '-')}", value]
         self.process = subprocess.Popen(
