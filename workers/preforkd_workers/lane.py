@@ -232,15 +232,22 @@ class Lane:
                 epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
             epoll.register(self.lifeline.fileno(), select.EPOLLIN)
             patience = poll_interval if actions else None
-            while not self.draining:
+            woken = False  # for a request, and no other lane was: it has to be taken even by a lane that drains
+            while woken or not self.draining:
+                woken = False
                 try:
                     took_any = self._take(turns, actions)
                 except Starved as error:
                     self._hold_back(error)
                     continue
-                events = epoll.poll(0 if took_any or self.draining else patience)
-                if any(descriptor == self.lifeline.fileno() for descriptor, _ in events):
-                    self.drain()
+                if self.draining:
+                    break
+                events = epoll.poll(0 if took_any else patience)
+                for descriptor, _ in events:
+                    if descriptor == self.lifeline.fileno():
+                        self.drain()
+                    else:
+                        woken = not took_any
                 for act in actions:
                     act()
 
