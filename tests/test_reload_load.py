@@ -20,8 +20,8 @@ from tests.under_load import NO_BYTECODE, SERVICES, Code, Load, Report, check_lo
 
 # Long-lived connections end with those who leave, after graceful_timeout where the handler cannot know.
 SERVICE = """
-graceful_timeout = "1s"
-boot_timeout = "3s"
+graceful_timeout = "0.5s"
+boot_timeout = "2s"
 probation = "{probation}s"
 probation_requests = 1000000
 """
@@ -143,7 +143,7 @@ def test_good_reloads_in_a_row(serve: Serve, tmp_path: Path, soak: bool) -> None
     site = Site(serve, tmp_path, probation=0.1)
     with Load(site.daemon, at_most=1500) as load:
         load.after(100)
-        for turn in range(100 if soak else 12):
+        for turn in range(100 if soak else 11):
             assert site.reload()["result"] == "done"
             load.after(100)
             if turn == 9:
@@ -224,15 +224,17 @@ BROKEN: Mapping[str, Broken] = {
 
 
 def test_good_and_broken_reloads_in_turn(serve: Serve, tmp_path: Path, soak: bool) -> None:
-    site = Site(serve, tmp_path, probation=0.4)
+    site = Site(serve, tmp_path, probation=0.1)
     kinds = [*islice(cycle(BROKEN.items()), 25)] if soak else [*BROKEN.items()]
     with Load(site.daemon, at_most=1500) as load:
         load.after(100)
         for name, broken in kinds:
+            site.settings(probation=0.4 if broken.phase == "probation" else 0.1)
             said = site.reload(broken.after, before=broken.before, **({"part": broken.part} if broken.part else {}))
             assert said["result"] == "rolled_back", name
             assert f" phase={broken.phase} " in said[0], name
             load.after(100)
+            site.settings(probation=0.1)
             assert site.reload()["result"] == "done"
             load.after(100)
         site.check_nobody_left(load)
@@ -253,7 +255,7 @@ GATED = {
 }
 
 # How long the probation lasts: where the verdict is awaited, as long as it takes to kill somebody.
-PROBATION = {"molds": 0.1, "probation": 2.0, "rolling": 0.1}
+PROBATION = {"molds": 0.1, "probation": 1.5, "rolling": 0.1}
 
 
 @dataclass(frozen=True)
