@@ -41,6 +41,7 @@ class Record:
     state: State
     since: float = 100.0
     busy: bool = False
+    generation: int = 1
 
 
 def steps(now: float, wanted: Wanted, *children: Record, not_before: dict[int, float] | None = None) -> list[Step]:
@@ -72,7 +73,7 @@ def test_every_state_but_ready_is_pushed_on_at_its_deadline_and_not_before(
     state: State, busy: bool, haste: Haste, patience: float, made: Made
 ) -> None:
     child = Record(0, state, busy=busy)
-    wanted = Wanted(1, haste=haste)
+    wanted = Wanted(1 if state is State.BOOTING else 0, haste=haste)
     assert wake_at(wanted, [child], TIMEOUTS, {}) == 100 + patience
     if patience:
         assert steps(100 + patience - 0.001, wanted, child) == []
@@ -93,23 +94,23 @@ def test_a_child_beyond_the_size_is_retired_even_when_its_boot_is_overdue(state:
     assert steps(1e6, Wanted(1), wanted_one, child) == [Retire(child)]
 
 
-def test_a_leaving_child_is_not_retired_twice_and_keeps_its_slot() -> None:
+def test_a_leaving_child_is_not_retired_twice_and_its_place_is_filled_but_not_its_slot() -> None:
     assert steps(100.5, Wanted(0), Record(0, State.DRAINING), Record(1, State.KILLED)) == []
-    assert steps(101, Wanted(2), Record(0, State.DRAINING)) == [Spawn(1)]
+    assert steps(101, Wanted(2), Record(0, State.DRAINING)) == [Spawn(1, 1), Spawn(2, 1)]
 
 
 def test_vacant_slots_are_filled_from_the_lowest() -> None:
-    assert steps(0, Wanted(4), Record(1, State.READY)) == [Spawn(0), Spawn(2), Spawn(3)]
+    assert steps(0, Wanted(4), Record(1, State.READY)) == [Spawn(0, 1), Spawn(2, 1), Spawn(3, 1)]
 
 
 def test_nothing_is_forked_when_there_is_nothing_to_fork_from() -> None:
-    assert steps(0, Wanted(2, can_spawn=False)) == []
-    assert wake_at(Wanted(2, can_spawn=False), [], TIMEOUTS, {0: 5.0}) == inf
+    assert steps(0, Wanted(2, can_spawn=frozenset())) == []
+    assert wake_at(Wanted(2, can_spawn=frozenset()), [], TIMEOUTS, {0: 5.0}) == inf
 
 
 def test_at_most_a_burst_boots_at_a_time() -> None:
     booting = [Record(slot, State.BOOTING) for slot in range(BURST - 2)]
-    assert steps(100, Wanted(100), *booting) == [Spawn(BURST - 2), Spawn(BURST - 1)]
+    assert steps(100, Wanted(100), *booting) == [Spawn(BURST - 2, 1), Spawn(BURST - 1, 1)]
     assert steps(100, Wanted(100), *booting, Record(98, State.BOOTING), Record(99, State.BOOTING)) == []
     assert len(steps(100, Wanted(100), *(Record(slot, State.READY) for slot in range(BURST)))) == BURST
 
@@ -120,9 +121,101 @@ def test_while_a_burst_boots_the_clock_has_nothing_to_say_for_a_slot_that_is_due
 
 
 def test_a_slot_that_holds_back_waits_and_does_not_keep_others_waiting() -> None:
-    assert steps(9.9, Wanted(2), not_before={0: 10.0}) == [Spawn(1)]
-    assert steps(10.0, Wanted(2), Record(1, State.READY), not_before={0: 10.0}) == [Spawn(0)]
-    assert wake_at(Wanted(2), [Record(1, State.READY)], TIMEOUTS, {0: 10.0, 7: 1.0}) == 10.0
+    assert steps(9.9, Wanted(2), not_before={0: 10.0}) == [Spawn(1, 1)]
+    assert steps(10.0, Wanted(2), Record(1, State.READY), not_before={0: 10.0}) == [Spawn(0, 1)]
+    assert wake_at(Wanted(2), [Record(1, State.READY)], TIMEOUTS, {0: 10.0}) == 10.0
+    assert steps(5.0, Wanted(3), Record(1, State.READY), not_before={0: 10.0, 7: 1.0}) == [Spawn(2, 1)]
+
+
+def test_of_several_slots_that_hold_back_as_many_are_filled_as_are_missing() -> None:
+    ready, holds = Record(1, State.READY), {0: 10.0, 2: 20.0, 3: 30.0}
+    assert wake_at(Wanted(3), [ready], TIMEOUTS, holds) == 20.0
+    assert steps(19.9, Wanted(3), ready, not_before=holds) == []
+    assert steps(20.0, Wanted(3), ready, not_before=holds) == [Spawn(0, 1)]
+
+
+# Two generations: replacing one by the other.
+
+
+def rolled(wanted: Wanted, *children: Record) -> tuple[int, list[int], list[int]]:
+    """Take all steps, with every new worker ready at once and every old one gone, until there are none.
+
+    Returns the number of turns, and how many were ready and how many were there after each.
+    """
+    pool = {child.slot: child for child in children}
+    turns, ready, there = 0, [], []
+    while found := steps(100.0, wanted, *pool.values()):
+        for step in found:
+            take(step, 100.0, pool, Random(0))
+        live = [child for child in pool.values() if child.state in (State.BOOTING, State.READY)]
+        there.append(len(live))
+        ready.append(sum(child.state is State.READY for child in live))
+        for child in [*pool.values()]:
+            if child.state is State.BOOTING:
+                child.state = State.READY
+            elif child.state is State.DRAINING:
+                del pool[child.slot]
+        turns += 1
+    assert [child.generation for child in pool.values()] == [wanted.generation] * wanted.size
+    return turns, ready, there
+
+
+@pytest.mark.parametrize(
+    ("surge", "unavailable", "turns"), [(1, 0, 5), (0, 1, 4), (2, 0, 3), (1, 1, 3), (4, 0, 2), (0, 4, 1), (9, 9, 1)]
+)
+def test_a_pool_comes_to_another_generation_within_its_budget(surge: int, unavailable: int, turns: int) -> None:
+    old = [Record(slot, State.READY) for slot in range(4)]
+    can = frozenset({1, 2})
+    wanted = Wanted(4, generation=2, max_surge=surge, max_unavailable=unavailable, can_spawn=can)
+    taken, ready, there = rolled(wanted, *old)
+    assert taken == turns
+    assert min(ready) >= 4 - unavailable
+    assert max(there) <= 4 + surge
+
+
+def test_a_new_worker_is_ready_before_an_old_one_is_told_to_leave() -> None:
+    wanted = Wanted(2, generation=2, can_spawn=frozenset({1, 2}))
+    old = [Record(0, State.READY), Record(1, State.READY)]
+    assert steps(100, wanted, *old) == [Spawn(2, 2)]
+    assert steps(100, wanted, *old, Record(2, State.BOOTING, generation=2)) == []
+    assert steps(100, wanted, *old, Record(2, State.READY, generation=2)) == [Retire(old[1]), Spawn(3, 2)]
+
+
+def test_an_old_worker_that_is_still_booting_leaves_at_once() -> None:
+    booting = Record(0, State.BOOTING)
+    wanted = Wanted(1, generation=2, can_spawn=frozenset({2}))
+    assert steps(100, wanted, booting) == [Retire(booting), Spawn(1, 2)]
+
+
+@pytest.mark.parametrize("surge", [0, 1])
+def test_one_worker_is_tried_beside_the_others_or_in_the_place_of_one(surge: int) -> None:
+    old = [Record(0, State.READY), Record(1, State.READY)]
+    can = frozenset({1, 2})
+    wanted = Wanted(2, trial=2, max_surge=surge, max_unavailable=1 - surge, can_spawn=can)
+    assert steps(100, wanted, *old) == [*([] if surge else [Retire(old[1])]), Spawn(2, 2)]
+    there = [*old[: 1 + surge], Record(2, State.READY, generation=2)]
+    assert steps(100, wanted, *there) == []
+    assert steps(100, wanted, there[0], there[-1]) == ([Spawn(1, 1)] if surge else []), (
+        "an old one that died is replaced"
+    )
+    back = Wanted(2, max_surge=surge, max_unavailable=1 - surge, can_spawn=can)
+    assert rolled(back, *there)[0] <= 2
+
+
+def test_nobody_is_tried_in_a_pool_of_none() -> None:
+    assert steps(100, Wanted(0, trial=2, can_spawn=frozenset({1, 2}))) == []
+
+
+def test_old_workers_stay_while_there_is_nothing_to_replace_them_from() -> None:
+    assert steps(100, Wanted(1, generation=2, can_spawn=frozenset({1})), Record(0, State.READY)) == []
+
+
+def test_a_generation_that_leaves_for_too_long_is_hurried_and_no_other() -> None:
+    oldest, newer = Record(0, State.DRAINING, generation=1), Record(1, State.DRAINING, generation=2)
+    wanted = Wanted(0, generation=3, hurried=1)
+    assert steps(100, wanted, oldest, newer) == [EndOfFile(oldest)]
+    oldest.state = State.HALF_CLOSED
+    assert steps(105, wanted, oldest, newer) == [Kill(oldest, "deadline")]
 
 
 def test_the_pause_grows_from_nothing_to_its_longest() -> None:
@@ -144,10 +237,21 @@ def test_a_start_has_failed_when_it_was_short_and_fruitless(age: float, ended: i
 # What holds for every pool there can be.
 
 TIMES = st.floats(0, 200)
-WANTED = st.builds(Wanted, st.integers(0, 50), st.booleans(), st.sampled_from(Haste))
+GENERATIONS = st.integers(1, 4)
+WANTED = st.builds(
+    Wanted,
+    st.integers(0, 50),
+    GENERATIONS,
+    st.none() | st.just(9),
+    st.integers(1, 5),
+    st.integers(0, 5),
+    st.frozensets(st.sampled_from([1, 2, 3, 4, 9])),
+    st.sampled_from(Haste),
+    st.integers(0, 4),
+)
 NOT_BEFORE = st.dictionaries(st.integers(0, 50), TIMES, max_size=5)
 CHILDREN = st.lists(
-    st.builds(Record, st.integers(0, 60), st.sampled_from(State), TIMES, st.booleans()),
+    st.builds(Record, st.integers(0, 60), st.sampled_from(State), TIMES, st.booleans(), GENERATIONS | st.just(9)),
     max_size=60,
     unique_by=lambda child: child.slot,
 )
@@ -158,18 +262,27 @@ def child_of(step: Step) -> Child | None:
 
 
 @given(TIMES, WANTED, CHILDREN, NOT_BEFORE)
-def test_no_plan_has_two_steps_for_one_child_or_fills_a_slot_that_is_taken_or_not_wanted(
+def test_no_plan_has_two_steps_for_one_child_or_fills_a_slot_that_is_taken_or_takes_more_than_its_budget(
     now: float, wanted: Wanted, children: list[Record], not_before: dict[int, float]
 ) -> None:
     found = list(plan(now, wanted, children, TIMEOUTS, not_before))
     pushed = [id(child) for step in found if (child := child_of(step))]
-    spawned = [step.slot for step in found if isinstance(step, Spawn)]
+    spawned = {step.slot: step.generation for step in found if isinstance(step, Spawn)}
     assert len(set(pushed)) == len(pushed)
-    assert len(set(spawned)) == len(spawned)
+    assert len(spawned) == sum(isinstance(step, Spawn) for step in found)
     assert not set(spawned) & {child.slot for child in children}
-    assert all(slot < wanted.size and now >= not_before.get(slot, now) for slot in spawned)
+    assert all(now >= not_before.get(slot, now) for slot in spawned)
+    assert set(spawned.values()) <= wanted.can_spawn & {wanted.generation, wanted.trial}
     booting = sum(child.state is State.BOOTING for child in children)
-    assert not spawned or (wanted.can_spawn and booting + len(spawned) <= BURST)
+    assert not spawned or booting + len(spawned) <= BURST
+    retired = [step.child for step in found if isinstance(step, Retire)]
+    live = [child for child in children if child.state in (State.BOOTING, State.READY)]
+    staying = [child for child in live if child not in retired]
+    assert not spawned or len(staying) + len(spawned) <= wanted.size + wanted.max_surge
+    fewest = min(wanted.size - wanted.max_unavailable, sum(child.state is State.READY for child in live))
+    ours = [child for child in live if child.generation == wanted.generation]
+    if len(ours) <= wanted.size:  # or else it is not a replacement but a smaller pool
+        assert sum(child.state is State.READY for child in staying) >= min(fewest, wanted.size - wanted.max_unavailable)
 
 
 @given(TIMES, WANTED, CHILDREN, NOT_BEFORE)
@@ -182,14 +295,13 @@ def test_there_is_something_to_do_at_the_time_to_wake_unless_that_is_never(
     if now < wake:  # whatever there is to do before, there is to do at once
         at_once = list(plan(now, wanted, children, TIMEOUTS, not_before))
         assert all(isinstance(step, Retire | Spawn) for step in at_once)
-        assert list(plan(min(wake - 1e-9, 1e6), wanted, children, TIMEOUTS, not_before)) == at_once
 
 
 def take(step: Step, now: float, pool: dict[int, Record], random: Random) -> None:
     """Do what the step says to a pool of records; some children obey, some are stuck."""
     match step:
-        case Spawn(slot):
-            pool[slot] = Record(slot, State.BOOTING, now, random.random() < 0.5)
+        case Spawn(slot, generation):
+            pool[slot] = Record(slot, State.BOOTING, now, random.random() < 0.5, generation)
         case Retire(Record() as child):
             child.state, child.since = State.DRAINING, now
         case EndOfFile(Record() as child):
@@ -207,7 +319,7 @@ def test_whatever_the_children_do_the_pool_becomes_what_is_wanted(
     pool = {child.slot: child for child in children}
     wanted = Wanted(size, haste=haste)
     now, end = 200.0, 200.0 + 60 * (TIMEOUTS.boot + TIMEOUTS.graceful + TIMEOUTS.eof + 2 * KILL_TIMEOUT)
-    while sorted(pool) != list(range(size)) or any(child.state is not State.READY for child in pool.values()):
+    while len(pool) != size or any((each.state, each.generation) != (State.READY, 1) for each in pool.values()):
         for step in plan(now, wanted, [*pool.values()], TIMEOUTS, not_before):
             take(step, now, pool, random)
         for child in list(pool.values()):

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
@@ -11,11 +12,14 @@ from preforkd_workers.scoreboard import (
     BOUNDS_NS,
     BUCKETS,
     CAUSES,
+    DIRECTORY,
+    DROPS,
     EMPTY,
     ERRORS,
     EXITS,
-    HEADER,
     HEARTBEAT,
+    KILLED,
+    LAYOUT,
     OK,
     PID,
     REFUSED,
@@ -26,44 +30,110 @@ from preforkd_workers.scoreboard import (
     STATE,
     WORD,
     Scoreboard,
-    Section,
     blank_row,
     ended,
     is_busy,
 )
 
-SECTIONS = [Section("echo", "process", ("tcp://127.0.0.1:7", "unix:@é"), 12), Section("b", "process", (), 3)]
+URLS = ["tcp://127.0.0.1:7", "unix:@é"]
 
 
 @pytest.fixture
 def board() -> Iterator[Scoreboard]:
-    made = Scoreboard.create("mail", SECTIONS)
+    made = Scoreboard.create("mail")
+    echo = made.add("echo")
+    made.list_listeners("echo", URLS)
+    made.add("b")
+    for index in range(20):
+        echo.use_row(index)
     yield made
     os.close(made.fd)
 
 
 def test_whoever_has_the_descriptor_reads_what_the_board_is_about(board: Scoreboard) -> None:
-    other = Scoreboard(os.dup(board.fd))
+    other = Scoreboard.attach(os.dup(board.fd))
     assert other.name == "mail"
-    assert [service.section for service in other.services.values()] == SECTIONS
+    assert [*other.services] == ["echo", "b"]
+    assert [*other.services["echo"].listeners()] == URLS
     board.daemon[HEARTBEAT] = 2**64 - 1
-    board.services["b"].row(2)[OK] = 7
+    board.services["echo"].row(19)[OK] = 7
     assert other.daemon[HEARTBEAT] == 2**64 - 1
-    assert other.services["b"].row(2)[OK] == 7
+    assert other.services["echo"].row(19)[OK] == 7
     os.close(other.fd)
 
 
-def test_every_word_has_one_place_and_none_is_missing(board: Scoreboard) -> None:
+def test_every_word_has_one_place(board: Scoreboard) -> None:
+    assert board.daemon[LAYOUT] > 0
     groups = [board.daemon]
     for service in board.services.values():
-        groups += [service.words, *(service.listener(i) for i, _ in enumerate(service.section.listeners))]
-        groups += [service.row(i) for i in range(service.section.rows)]
+        groups += [service.words, *service.listeners().values(), *service.rows()]
+    board.daemon[LAYOUT] = board.services["echo"].words[ROWS_USED] = 0
     for number, group in enumerate(groups, 1):
         for index in range(len(group)):
             assert group[index] == 0, "already taken by another group"
             group[index] = number
-    words = memoryview(os.pread(board.fd, os.fstat(board.fd).st_size, 0))[HEADER:].cast("Q")
-    assert words.tolist() == [number for number, group in enumerate(groups, 1) for _ in range(len(group))]
+
+
+def test_what_a_master_adds_while_it_runs_is_seen_by_who_looks_again(board: Scoreboard) -> None:
+    other = Scoreboard.attach(os.dup(board.fd))
+    row = board.services["echo"].row(3)
+    board.add("new").use_row(0)
+    board.services["echo"].use_row(1000)
+    board.list_listeners("echo", [URLS[1], "tcp://127.0.0.1:8"])
+    other.refresh()
+    assert [*other.services] == ["echo", "b", "new"]
+    assert [*other.services["echo"].listeners()] == [URLS[1], "tcp://127.0.0.1:8"]
+    row[OK], board.services["echo"].row(1000)[OK] = 5, 6
+    assert (other.services["echo"].row(3)[OK], other.services["echo"].row(1000)[OK]) == (5, 6)
+    os.close(other.fd)
+
+
+def test_a_service_that_has_gone_and_comes_back_goes_on_counting_and_takes_no_more_room(board: Scoreboard) -> None:
+    board.services["echo"].words[KILLED] = 7
+    sizes = set()
+    for turn in range(200):
+        board.remove("echo")
+        assert "echo" not in board.services
+        board.add("echo").use_row(19)
+        board.list_listeners("echo", [f"tcp://127.0.0.1:{turn}"])
+        board.add("last")
+        sizes.add(board._end)
+    assert board.services["echo"].words[KILLED] == 7
+    assert len(sizes) == 1
+
+
+def test_a_listener_that_stays_keeps_what_it_has_counted_and_another_begins_at_zero(board: Scoreboard) -> None:
+    for words in board.services["echo"].listeners().values():
+        words[DROPS] = 9
+    board.list_listeners("echo", ["udp://x:1", URLS[1]])
+    assert {url: words[DROPS] for url, words in board.services["echo"].listeners().items()} == {
+        URLS[1]: 9,
+        "udp://x:1": 0,
+    }
+
+
+def test_a_reader_never_sees_half_a_directory(board: Scoreboard) -> None:
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        theirs.setblocking(False)
+        ours.close()
+        for turn in count():
+            board.list_listeners("echo", [f"tcp://127.0.0.1:{turn}" for _ in range(2)] * (turn % 3) + ["udp://last:1"])
+            try:
+                theirs.recv(1)  # end-of-file: the reader has read enough
+                os._exit(0)
+            except BlockingIOError:
+                pass
+    theirs.close()
+    other, seen = Scoreboard.attach(os.dup(board.fd)), set[int]()
+    while len(seen) < 300:
+        other.refresh()
+        assert "udp://last:1" in other.services["echo"].listeners() or URLS[0] in other.services["echo"].listeners()
+        seen.add(other.daemon[LAYOUT])
+    ours.close()
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(other.fd)
 
 
 def test_rows_are_aligned_to_cache_lines_and_have_room_for_their_words(board: Scoreboard) -> None:
@@ -73,9 +143,9 @@ def test_rows_are_aligned_to_cache_lines_and_have_room_for_their_words(board: Sc
 
 
 def test_only_rows_that_were_used_are_read(board: Scoreboard) -> None:
-    service = board.services["echo"]
+    service = board.services["b"]
     assert list(service.rows()) == []
-    service.words[ROWS_USED] = 2
+    service.use_row(1)
     assert len(list(service.rows())) == 2
 
 
@@ -100,18 +170,27 @@ def test_many_requests_may_die_with_one_worker_and_what_has_ended_is_what_has_an
     assert (ended(row), is_busy(row)) == (9, False)
 
 
-def test_a_description_that_does_not_fit_is_refused() -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ValueError, match=r"1 services need \d+ bytes of description, not 65536"):
-        Scoreboard.create("mail", [Section(HEADER * "x", "process", (), 1)])
-    assert len(os.listdir("/proc/self/fd")) == before
+def test_a_description_that_does_not_fit_is_refused(board: Scoreboard) -> None:
+    with pytest.raises(MemoryError, match=r"3 services need \d+ bytes of description, not 65536"):
+        board.add(DIRECTORY * "x")
+
+
+def test_a_board_that_is_full_says_so(board: Scoreboard) -> None:
+    with pytest.raises(MemoryError, match="the scoreboard is full: 67108864 bytes"):
+        board.services["b"].use_row(300_000)
 
 
 def test_a_board_of_another_version_is_refused(board: Scoreboard) -> None:
-    header = os.pread(board.fd, HEADER, 0)
-    os.pwrite(board.fd, header.replace(b'"version": 1', b'"version": 9'), 0)
-    with pytest.raises(ValueError, match="scoreboard of version 9, this program reads version 1"):
-        Scoreboard(board.fd)
+    for start in (0, DIRECTORY):
+        directory = os.pread(board.fd, DIRECTORY, start)
+        os.pwrite(board.fd, directory.replace(b'"version": 2', b'"version": 9'), start)
+    with pytest.raises(ValueError, match="scoreboard of version 9, this program reads version 2"):
+        Scoreboard.attach(board.fd)
+
+
+def test_what_is_no_board_is_refused(board: Scoreboard) -> None:
+    with open("/dev/null") as file, pytest.raises(ValueError, match="is no scoreboard of version 2"):
+        Scoreboard.attach(file.fileno())
 
 
 def test_counts_survive_the_death_of_the_process_that_wrote_them(board: Scoreboard) -> None:
@@ -148,7 +227,7 @@ def test_a_reader_in_another_process_never_sees_half_a_word(board: Scoreboard) -
             except BlockingIOError:
                 pass
     theirs.close()
-    row, seen, reads = Scoreboard(board.fd).services["echo"].row(3), set[int](), 0
+    row, seen, reads = Scoreboard.attach(board.fd).services["echo"].row(3), set[int](), 0
     while reads < 300_000 or not {low, high} <= seen:
         seen.add(row[OK])
         reads += 1

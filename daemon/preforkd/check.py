@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from time import monotonic
 
+from msgspec.structs import replace
+
 from preforkd import settings
 from preforkd.exits import Exit
+from preforkd.generations import spec_of
 from preforkd.listeners import Address, Bound, ListenError, unbound
 from preforkd.molds import Mold
-from preforkd.service import section, spec_of
 from preforkd.sources import Checked
 from preforkd_workers.protocol import FAILED, READY
 from preforkd_workers.scoreboard import Scoreboard
@@ -40,9 +42,10 @@ def _check(name: str, wanted: settings.Service, addresses: Sequence[Address], ti
             tidy.callback(listeners[-1].close)
     except ListenError as error:
         return str(error)
-    board = Scoreboard.create(name, [section(name, wanted, listeners)])
+    board = Scoreboard.create(name)
     tidy.callback(os.close, board.fd)
-    kind, fault = _import(Mold(spec_of(name, wanted, listeners, board, preload=True), wanted.boot_timeout))
+    spec = spec_of(name, 1, replace(wanted, preload=True), listeners, board)
+    kind, fault = _import(Mold(spec, wanted.boot_timeout))
     if fault is None:
         print(f"service={name} target={wanted.target} is a {kind}")  # noqa: T201
         for bound in listeners:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from preforkd.plan import State
-from preforkd_workers.scoreboard import ended, is_busy
+from preforkd_workers.scoreboard import ERRORS, ended, is_busy
 
 
 @dataclass(eq=False)
@@ -18,6 +18,7 @@ class Child:
     serial: int  # tells it from others that the mold was asked for
     slot: int
     generation: int
+    row_at: int  # where its row of the scoreboard begins
     row: memoryview
     lifeline: socket.socket  # our end of it
     pid: int | None = None  # unknown until the mold has told, or the worker itself
@@ -32,7 +33,7 @@ class Child:
     _unfinished_line: bytes = b""
 
     def __post_init__(self) -> None:
-        self.ended_before = ended(self.row)
+        self.ended_before, self.errors_before = ended(self.row), int(self.row[ERRORS])
 
     @property
     def busy(self) -> bool:
@@ -42,6 +43,11 @@ class Child:
     def requests(self) -> int:
         """Requests that this worker has seen through, unlike its predecessors in the slot."""
         return ended(self.row) - self.ended_before
+
+    @property
+    def errors(self) -> int:
+        """How many of them have raised."""
+        return int(self.row[ERRORS]) - self.errors_before
 
     def enter(self, state: State) -> None:
         self.state, self.since = state, monotonic()

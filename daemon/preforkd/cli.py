@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
     if not (options.target or options.config):
         log.event("sample", target=SAMPLE_TARGET, advice="for your own: preforkd serve TARGET --listen URL")
-    return serve(checked)
+    return serve(checked, lambda: _checked(options))
 
 
 def _complain(lines: Sequence[str]) -> None:

@@ -38,6 +38,10 @@ from preforkd_workers.scoreboard import (
     PID,
     REAPED_CPU_NS,
     REFUSED,
+    RELOAD_NS,
+    RELOADED_AT,
+    RELOADS,
+    RESULTS,
     SERVING,
     SIZE,
     SPAWNS,
@@ -140,6 +144,7 @@ def health(board: Scoreboard) -> str | None:
 
 def readiness(board: Scoreboard) -> str | None:
     """Which services have no worker that is ready; None when all have one."""
+    board.refresh()
     lacking = [
         name for name, service in board.services.items() if not any(row[STATE] == SERVING for row in service.rows())
     ]
@@ -160,9 +165,15 @@ class ScoreboardCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         families = {name: _FAMILIES[m.kind](name, m.help, labels=m.labels) for name, m in METRICS.items()}
         add = {name: family.add_metric for name, family in families.items()}
+        daemon = self.board.daemon
+        self.board.refresh()
         add["preforkd_build_info"]([__version__, platform.python_version()], 1)
-        add["preforkd_start_time_seconds"]([], self.board.daemon[STARTED_AT] / 1e9)
-        add["preforkd_master_heartbeat_timestamp_seconds"]([], self.board.daemon[HEARTBEAT] / 1e9)
+        add["preforkd_start_time_seconds"]([], daemon[STARTED_AT] / 1e9)
+        add["preforkd_master_heartbeat_timestamp_seconds"]([], daemon[HEARTBEAT] / 1e9)
+        for index, result in enumerate(RESULTS):
+            add["preforkd_reloads_total"]([result], daemon[RELOADS + index])
+        add["preforkd_last_reload_success_timestamp_seconds"]([], daemon[RELOADED_AT] / 1e9)
+        add["preforkd_reload_duration_seconds"]([], daemon[RELOAD_NS] / 1e9)
         for name, service in self.board.services.items():
             self._collect_service(add, name, service)
         yield from families.values()
@@ -185,8 +196,7 @@ class ScoreboardCollector(Collector):
         busy_seconds = sum(row[BUSY_NS] for row in rows) / 1e9
         add["preforkd_busy_seconds_total"]([name], busy_seconds)
         add["preforkd_request_duration_seconds"]([name], _buckets(rows), busy_seconds)
-        for index, url in enumerate(service.section.listeners):
-            listener = service.listener(index)
+        for url, listener in service.listeners().items():
             add["preforkd_listen_backlog"]([name, url], listener[BACKLOG])
             add["preforkd_listen_backlog_limit"]([name, url], listener[BACKLOG_LIMIT])
             add["preforkd_listen_drops_total"]([name, url], listener[DROPS])

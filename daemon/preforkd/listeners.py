@@ -75,13 +75,41 @@ class Rules:
     allow_reuse_port: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Bound:
     """A listener of ours, with what we must remove at the end."""
 
     listener: Listener
     path: str = ""
     inode: tuple[int, int] = (0, 0)
+    address: Address = Address("", "")  # as it was asked for
+    rules: Rules = Rules()
+
+    def serves(self, address: Address) -> bool:
+        """Whether this is the listener for an address."""
+        return self.address.url == address.url if address.place is None else self.address.place == address.place
+
+    def cannot_become(self, address: Address) -> str | None:
+        """Why a listener that is open cannot be changed to what is asked for at the same place, if it cannot."""
+        if self.address.options.get("v6only", "0") != address.options.get("v6only", "0"):
+            return f"{address.url}: v6only of an open listener cannot change; needs a restart"
+        return None
+
+    def become(self, address: Address, rules: Rules) -> None:
+        """Take over what is asked for anew at the same place. Raises OSError."""
+        if rules != self.rules and self.listener.socket.type == socket.SOCK_STREAM:
+            self.listener.socket.listen(rules.request_queue_size)
+        if self.path and address.options != self.address.options:
+            _own(self.path, address)
+            os.chmod(self.path, _mode(address))
+        self.address, self.rules = address, rules
+
+    def retire(self) -> None:
+        """Close it for all who have it, workers that drain included."""
+        if self.address.scheme != "fd":  # or else it is not only ours
+            with suppress(OSError):  # a datagram socket is not connected
+                self.listener.socket.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def close(self) -> None:
         """Close it, and remove its socket file if that is still the one that we made."""
@@ -146,9 +174,9 @@ def bind(address: Address, rules: Rules) -> Bound:
     """
     try:
         if address.scheme == "fd":
-            return Bound(_inherited(address, rules))
+            return Bound(_inherited(address, rules), address=address, rules=rules)
         made = _unix(address) if address.path else Bound(_inet(address, rules))
-        return Bound(_listening(made.listener.socket, rules), made.path, made.inode)
+        return Bound(_listening(made.listener.socket, rules), made.path, made.inode, address, rules)
     except OSError as error:
         raise ListenError(f"{address.url}: {_explain(error, address)}") from error
 
@@ -202,8 +230,7 @@ def _unix(address: Address) -> Bound:
             made.bind("\0" + address.path[1:])
             return Bound(Listener("", made))
         _remove_stale(address.path, kind)
-        mode = int(address.options.get("mode", "0666"), 8)
-        before = os.umask(0o777 & ~mode)
+        before = os.umask(0o777 & ~_mode(address))
         try:
             made.bind(address.path)
         finally:
@@ -211,8 +238,7 @@ def _unix(address: Address) -> Bound:
         path = os.path.abspath(address.path)
         bound = Bound(Listener("", made), path, _inode(path))
         try:
-            if "user" in address.options or "group" in address.options:
-                os.chown(path, _user(address.options.get("user")), _group(address.options.get("group")))
+            _own(path, address)
         except BaseException:
             bound.close()
             raise
@@ -220,6 +246,15 @@ def _unix(address: Address) -> Bound:
     except BaseException:
         made.close()
         raise
+
+
+def _mode(address: Address) -> int:
+    return int(address.options.get("mode", "0666"), 8)
+
+
+def _own(path: str, address: Address) -> None:
+    if "user" in address.options or "group" in address.options:
+        os.chown(path, _user(address.options.get("user")), _group(address.options.get("group")))
 
 
 def _remove_stale(path: str, kind: int) -> None:

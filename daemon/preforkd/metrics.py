@@ -18,6 +18,9 @@ METRICS = {
     "preforkd_master_heartbeat_timestamp_seconds": Declared(
         "gauge", (), "When the master's loop last showed that it turns."
     ),
+    "preforkd_reloads_total": Declared("counter", ("result",), "Reloads: done, rolled_back, or refused at once."),
+    "preforkd_last_reload_success_timestamp_seconds": Declared("gauge", (), "When a reload was done; 0: none was yet."),
+    "preforkd_reload_duration_seconds": Declared("gauge", (), "How long the last reload took, however it ended."),
     "preforkd_generation": Declared("gauge", ("service",), "Generation of code and settings that is serving."),
     "preforkd_workers": Declared("gauge", ("service", "state"), "Workers: starting, idle, busy or draining."),
     "preforkd_workers_max": Declared("gauge", ("service",), "Workers wanted at most."),

@@ -22,6 +22,7 @@ class Mold:
         self.deadline = self.born + boot_timeout  # of the step that it is at: ready, or dead after a signal
         self.cause: str | None = None  # why it was killed, if it was
         self.is_mute = False  # its end of the channel is closed
+        self.stack = ""  # what faulthandler has written when it was killed
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.channel.setblocking(False)
@@ -34,9 +35,9 @@ class Mold:
                 self.channel.close()
                 raise
 
-    def ask(self, serial: int, slot: int, end: socket.socket) -> None:
+    def ask(self, serial: int, slot: int, row_at: int, end: socket.socket) -> None:
         """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""
-        protocol.send(self.channel, f"{serial} {slot}", end.fileno())
+        protocol.send(self.channel, f"{serial} {slot} {row_at}", end.fileno())
 
     def hear(self) -> Iterator[tuple[str, str]]:
         """What the mold has said since the last time: a word of the protocol, and the rest.
@@ -48,6 +49,8 @@ class Mold:
                 said, _ = protocol.receive(self.channel)
                 if said is None:
                     self.is_mute = True
+                elif not said.startswith(protocol.WORD):
+                    self.stack += said
                 else:
                     word, _, rest = said.partition(" ")
                     yield word, rest

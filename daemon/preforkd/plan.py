@@ -2,11 +2,15 @@
 
 A child goes BOOTING → READY → DRAINING → HALF_CLOSED → KILLED, each but READY with a deadline after which it is
 pushed on. Who calls ``plan`` takes the steps and records the new states; asking again at once gives no step twice.
+
+A reload is a pool that is wanted in another generation, and so is rolling it back: whoever is of any other generation
+is replaced; meanwhile at least ``size - max_unavailable`` are ready, and at most ``size + max_surge`` are not leaving.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from itertools import count
 from typing import Protocol
 
 # How many workers of a pool may be booting at a time.
@@ -51,11 +55,16 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pool should come to: so many workers, in the slots from 0 on."""
+    """What a pool should come to: ``size`` workers of one generation, and perhaps one of another, on trial."""
 
     size: int
-    can_spawn: bool = True  # there is something to fork from
+    generation: int = 1
+    trial: int | None = None  # the generation of which one worker is wanted besides
+    max_surge: int = 1  # workers more than ``size`` while some are replaced
+    max_unavailable: int = 0  # workers less than ``size`` that are ready meanwhile
+    can_spawn: frozenset[int] = frozenset({1})  # generations that there is something to fork from
     haste: Haste = Haste.NONE
+    hurried: int = 0  # leaving workers of generations up to this one read end-of-file at once
 
 
 class Child(Protocol):
@@ -63,6 +72,8 @@ class Child(Protocol):
 
     @property
     def slot(self) -> int: ...
+    @property
+    def generation(self) -> int: ...
     @property
     def state(self) -> State: ...
     @property
@@ -73,9 +84,10 @@ class Child(Protocol):
 
 @dataclass(frozen=True)
 class Spawn:
-    """Fork a worker for this slot."""
+    """Fork a worker of this generation for this slot."""
 
     slot: int
+    generation: int
 
 
 @dataclass(frozen=True)
@@ -114,22 +126,79 @@ def plan(
 
     ``not_before``: the earliest time for slots that hold back after failed starts.
     """
+    crowd = _Crowd(wanted, children)
+    leaving = crowd.leaving()
     for child in children:
-        if child.slot >= wanted.size and child.state in (State.BOOTING, State.READY):
+        if child in leaving:
             yield Retire(child)
         elif now >= _deadline(child, wanted, timeouts):
             yield _push(child, wanted)
-    if wanted.can_spawn:
-        due = [slot for slot in _vacant(wanted, children) if now >= not_before.get(slot, now)]
-        yield from map(Spawn, due[: _room(children)])
+    held = {slot for slot, until in not_before.items() if now < until and slot not in crowd.slots}
+    due = [wanted.generation] * (crowd.missing() - len(held)) + crowd.missing_on_trial()
+    due = [generation for generation in due if generation in wanted.can_spawn][: crowd.room(len(leaving))]
+    vacant = (slot for slot in count() if slot not in crowd.slots and slot not in held)
+    yield from (Spawn(next(vacant), generation) for generation in due)
 
 
 def wake_at(wanted: Wanted, children: Sequence[Child], timeouts: Timeouts, not_before: Mapping[int, float]) -> float:
     """When ``plan`` may have something new to say although nothing happens; infinity for never."""
     deadlines = [_deadline(child, wanted, timeouts) for child in children]
-    if wanted.can_spawn and not_before and _room(children):
-        deadlines += [not_before[slot] for slot in _vacant(wanted, children) if slot in not_before]
+    crowd = _Crowd(wanted, children)
+    held = sorted(until for slot, until in not_before.items() if slot not in crowd.slots)
+    missing = crowd.missing()
+    if held and missing > 0 and wanted.generation in wanted.can_spawn and crowd.room(len(crowd.leaving())):
+        deadlines.append(held[max(0, len(held) - missing)])  # as many of them are waited for as there are missing
     return min(deadlines, default=float("inf"))
+
+
+class _Crowd:
+    """The children that are not leaving, counted by what is wanted of them."""
+
+    def __init__(self, wanted: Wanted, children: Sequence[Child]) -> None:
+        self.wanted = wanted
+        self.slots = {child.slot for child in children}
+        live = [child for child in children if child.state in (State.BOOTING, State.READY)]
+        # Of two that could go, first the one that does not serve yet, then the one in the higher slot.
+        live.sort(key=lambda child: (child.state is State.READY, -child.slot))
+        self.live = live
+        self.ours = [child for child in live if child.generation == wanted.generation]
+        self.on_trial = [child for child in live if child.generation == wanted.trial]
+        self.outdated = [child for child in live if child.generation not in (wanted.generation, wanted.trial)]
+
+    @property
+    def limit(self) -> int:
+        """How many may be there that are not leaving."""
+        return self.wanted.size + self.wanted.max_surge if self.wanted.size else 0
+
+    @property
+    def wants_trial(self) -> bool:
+        return self.wanted.trial is not None and self.wanted.size > 0
+
+    def leaving(self) -> list[Child]:
+        """Whom to retire: who is too many at once, who is outdated only as others are ready in his place."""
+        size = self.wanted.size
+        found = self.ours[: max(0, len(self.ours) - size)]
+        trial_lacks_room = self.wants_trial and not self.on_trial and len(self.live) >= self.limit
+        too_many_on_trial = self.on_trial[: max(0, len(self.on_trial) - self.wants_trial)]
+        replaceable = [*self.outdated, *too_many_on_trial, *(self.ours[len(found) :][:1] if trial_lacks_room else [])]
+        found += [child for child in replaceable if child.state is State.BOOTING]
+        ready = [child for child in self.live if child.state is State.READY and child not in found]
+        spare = len(ready) - (size - self.wanted.max_unavailable) if size else len(ready)
+        found += [child for child in replaceable if child.state is State.READY][: max(0, spare)]
+        return found
+
+    def missing(self) -> int:
+        """How many of the wanted generation are missing."""
+        makes_room = self.wants_trial and not self.wanted.max_surge
+        return max(0, self.wanted.size - makes_room - len(self.ours))
+
+    def missing_on_trial(self) -> list[int]:
+        return [self.wanted.trial] if self.wants_trial and self.wanted.trial is not None and not self.on_trial else []
+
+    def room(self, leaving: int) -> int:
+        """How many may be forked now."""
+        booting = sum(child.state is State.BOOTING for child in self.live)
+        return max(0, min(BURST - booting, self.limit - len(self.live) + leaving))
 
 
 def pause(failed_starts: int) -> float:
@@ -145,18 +214,8 @@ def is_failed_start(age: float, ended: int) -> bool:
     return age < FRUITLESS_AGE and not ended
 
 
-def _room(children: Iterable[Child]) -> int:
-    """How many workers more may boot now."""
-    return max(BURST - sum(child.state is State.BOOTING for child in children), 0)
-
-
-def _vacant(wanted: Wanted, children: Iterable[Child]) -> list[int]:
-    taken = {child.slot for child in children}
-    return [slot for slot in range(wanted.size) if slot not in taken]
-
-
 def _deadline(child: Child, wanted: Wanted, timeouts: Timeouts) -> float:
-    match child.state, wanted.haste:
+    match child.state, _haste(child, wanted):
         case State.READY, _:
             return float("inf")
         case State.BOOTING, _:
@@ -170,6 +229,11 @@ def _deadline(child: Child, wanted: Wanted, timeouts: Timeouts) -> float:
         case State.DRAINING, _:
             return child.since + timeouts.graceful
     return child.since + timeouts.eof
+
+
+def _haste(child: Child, wanted: Wanted) -> Haste:
+    """How this one is hurried: with all, or because it is of a generation that has been leaving for too long."""
+    return max(wanted.haste, Haste.END_OF_FILE) if child.generation <= wanted.hurried else wanted.haste
 
 
 def _push(child: Child, wanted: Wanted) -> Step:

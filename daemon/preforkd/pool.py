@@ -9,7 +9,9 @@ import re
 import selectors
 import signal
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from time import monotonic
 from typing import Protocol
@@ -39,7 +41,6 @@ from preforkd_workers.scoreboard import (
     GENERATION,
     KILLED,
     REAPED_CPU_NS,
-    ROWS_USED,
     SIZE,
     SPAWNS,
     Service,
@@ -47,7 +48,7 @@ from preforkd_workers.scoreboard import (
 
 
 class Nursery(Protocol):
-    """Where workers come from."""
+    """Where the workers of a generation come from."""
 
     @property
     def ready(self) -> bool:
@@ -66,6 +67,10 @@ class Nursery(Protocol):
         """
         ...
 
+    def lost(self, child: Child, cause: str, failure: str | None) -> None:
+        """A worker has died, of a cause of CAUSES. ``failure``: why it could not boot, if it could not."""
+        ...
+
 
 class Journal(Protocol):
     """Where a pool says what it does; the module ``log`` is one."""
@@ -82,7 +87,8 @@ class Pool:
         name: str,
         selector: selectors.BaseSelector,
         board: Service,
-        nursery: Nursery,
+        nurseries: Mapping[int, Nursery],
+        wanted: Wanted,
         timeouts: Timeouts,
         journal: Journal = log,
     ) -> None:
@@ -90,37 +96,67 @@ class Pool:
         self.name = name
         self.selector = selector
         self.board = board
-        self.nursery = nursery
+        self.nurseries = nurseries
         self.timeouts = timeouts
-        self.size = 0
-        self.haste = Haste.NONE
-        self.generation = 1
         self.children: dict[int, Child] = {}
         self.serials = count(1)
         self.failed_starts: dict[int, int] = {}
         self.not_before: dict[int, float] = {}
         self.shutdown_asked = False
-        self.boot_failure: str | None = None
+        self.want(wanted)
 
     # What is wanted.
 
-    def resize(self, size: int) -> None:
-        self.size = size
+    def want(self, wanted: Wanted) -> None:
+        """Come to this from now on. What other code has made a slot hold back for is forgiven."""
+        self.wanted = wanted
         words = self.board.words
-        words[GENERATION], words[SIZE] = self.generation, size
-        words[ROWS_USED] = max(words[ROWS_USED], size)
+        words[GENERATION], words[SIZE] = wanted.generation, wanted.size
+        self.failed_starts.clear()
+        self.not_before.clear()
+
+    def resize(self, size: int) -> None:
+        self.want(replace(self.wanted, size=size))
+
+    def hurry(self, haste: Haste) -> None:
+        """Stop in this haste, or in that of an earlier call, whichever is greater."""
+        self.wanted = replace(self.wanted, haste=max(self.wanted.haste, haste))
 
     @property
-    def wanted(self) -> Wanted:
-        return Wanted(self.size, self.nursery.ready, self.haste)
+    def size(self) -> int:
+        return self.wanted.size
 
     @property
     def is_full(self) -> bool:
-        """Whether every slot has a worker that is ready."""
-        return sum(child.state is State.READY for child in self.children.values()) == self.size
+        """Whether there are as many workers as wanted, all ready and of the generation that is wanted."""
+        live = [child for child in self.children.values() if child.state in (State.BOOTING, State.READY)]
+        return len(live) == self.size and all(
+            child.state is State.READY and child.generation == self.wanted.generation for child in live
+        )
+
+    def ready(self, generation: int) -> list[Child]:
+        """The workers of this generation that serve."""
+        return [
+            child for child in self.children.values() if child.generation == generation and child.state is State.READY
+        ]
+
+    def is_waiting_for(self, generation: int) -> bool:
+        """Whether a worker of this generation was asked for whose pid is not known yet."""
+        return any(child.generation == generation and child.pid is None for child in self.children.values())
+
+    def draining(self) -> list[int]:
+        """The generations of which some are still leaving, the oldest first."""
+        leaving = {
+            child.generation for child in self.children.values() if child.state not in (State.BOOTING, State.READY)
+        }
+        return sorted(leaving - {self.wanted.generation})
+
+    def _wanted_now(self) -> Wanted:
+        can_spawn = frozenset(generation for generation, nursery in self.nurseries.items() if nursery.ready)
+        return replace(self.wanted, can_spawn=can_spawn)
 
     def wake_at(self) -> float:
-        return wake_at(self.wanted, [*self.children.values()], self.timeouts, self.not_before)
+        return wake_at(self._wanted_now(), [*self.children.values()], self.timeouts, self.not_before)
 
     # What is done about it.
 
@@ -128,10 +164,11 @@ class Pool:
         """Take the steps that are due."""
         for child in [each for each in self.children.values() if each.is_mute and each.pidfd < 0]:
             self.bury(child)
-        for step in plan(monotonic(), self.wanted, [*self.children.values()], self.timeouts, self.not_before):
+        wanted, children = self._wanted_now(), [*self.children.values()]
+        for step in plan(monotonic(), wanted, children, self.timeouts, self.not_before):
             match step:
-                case Spawn(slot):
-                    self._spawn(slot)
+                case Spawn(slot, generation):
+                    self._spawn(slot, generation)
                 case Retire(Child() as child):
                     child.enter(State.DRAINING)
                     child.hang_up()
@@ -143,19 +180,22 @@ class Pool:
                 case Kill(Child() as child, cause):
                     self._kill(child, cause)
 
-    def _spawn(self, slot: int) -> None:
+    def _spawn(self, slot: int, generation: int) -> None:
         try:
+            row = self.board.use_row(slot)
             ours, theirs = socket.socketpair()
+        except MemoryError as error:
+            return self._spawn_refused(slot, generation, str(error), "have fewer services, or fewer workers")
         except OSError as error:  # the master is out of descriptors
             advice = "raise RLIMIT_NOFILE (ulimit -Hn, LimitNOFILE=): the master needs two descriptors a worker"
-            return self._spawn_refused(slot, error.strerror or str(error), advice)
+            return self._spawn_refused(slot, generation, error.strerror or str(error), advice)
         ours.setblocking(False)
-        child = self.children[slot] = Child(next(self.serials), slot, self.generation, self.board.row(slot), ours)
+        child = self.children[slot] = Child(next(self.serials), slot, generation, row, self.board.row(slot), ours)
         # Before the fork: a signal handler of the library's user may raise right behind it.
         self.selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
         with theirs:
             try:
-                pid = self.nursery.spawn(child, theirs)
+                pid = self.nurseries[generation].spawn(child, theirs)
             except OSError as error:
                 return self.refused(child.serial, error.strerror or str(error))
         if pid is not None:
@@ -189,12 +229,12 @@ class Pool:
             return
         self._forget(child)
         advice = "check RLIMIT_NPROC (ulimit -u), the cgroup's pids.max, and memory"
-        self._spawn_refused(child.slot, reason, advice)
+        self._spawn_refused(child.slot, child.generation, reason, advice)
 
-    def _spawn_refused(self, slot: int, reason: str, advice: str) -> None:
+    def _spawn_refused(self, slot: int, generation: int, reason: str, advice: str) -> None:
         self._hold_back(slot)
         wait = self._seconds_held_back(slot) or "0s"
-        where = {"service": self.name, "slot": slot, "gen": self.generation}
+        where = {"service": self.name, "slot": slot, "gen": generation}
         self.journal.event("spawn_refused", **where, reason=reason, retry_in=wait, advice=advice)
 
     def _kill(self, child: Child, cause: str) -> None:
@@ -249,7 +289,7 @@ class Pool:
             child.is_leaving = True
         elif word == SHUTDOWN:
             self.shutdown_asked = True
-        elif line and not _is_plumbing(line):
+        elif line and not is_plumbing(line):
             self.journal.text(f"{self.name}#{child.slot}", line)
 
     def reap(self, pid: int) -> bool:
@@ -276,8 +316,9 @@ class Pool:
 
     def bury_unknown(self) -> None:
         """Take those off the books who died before anybody could tell their pid, once nobody can tell it any more."""
-        if not self.nursery.may_tell:
-            for child in [each for each in self.children.values() if each.is_mute and each.pid is None]:
+        for child in [each for each in self.children.values() if each.is_mute and each.pid is None]:
+            nursery = self.nurseries.get(child.generation)
+            if nursery is None or not nursery.may_tell:
                 self._bury(child, None)
 
     def _bury(self, child: Child, status: int | None) -> None:
@@ -309,10 +350,9 @@ class Pool:
             age=f"{age:.1f}s",
             retry_in=wait,
         )
-        if child.failure is not None:
-            self.boot_failure = "\n".join(child.failure).rstrip()
-        elif cause == "boot" and is_targets_fault:
-            self.boot_failure = f"a worker {'exited' if status is None else _how(status)} before it was ready"
+        nursery = self.nurseries.get(child.generation)
+        if nursery is not None:
+            nursery.lost(child, cause, _failure(child, status) if cause == "boot" and is_targets_fault else None)
 
     def _hear_last_words(self, child: Child) -> None:
         with suppress(EOFError, BlockingIOError):
@@ -342,10 +382,12 @@ class Pool:
 
 # A stack begins with what the worker does and ends with how it came to be forked: nobody needs to read that.
 _MASTERS, _WORKERS = (re.escape(os.path.dirname(str(each.__file__))) for each in (log, protocol))
-_PLUMBING = re.compile(rf'  File "(?:{_MASTERS}/|{_WORKERS}/(?!lane\.py|samples\.py)|.*/bin/preforkd"|<frozen runpy>")')
+_RUNNERS = r'.*/bin/preforkd"|<frozen (?:runpy|importlib\._bootstrap(?:_external)?)>'
+_PLUMBING = re.compile(rf'  File "(?:{_MASTERS}/|{_WORKERS}/(?!lane\.py|samples\.py)|{_RUNNERS})')
 
 
-def _is_plumbing(line: str) -> bool:
+def is_plumbing(line: str) -> bool:
+    """Whether a line of a stack is about how the code came to run, and not about what it does."""
     return _PLUMBING.match(line) is not None
 
 
@@ -358,6 +400,13 @@ def _cause(child: Child, status: int | None) -> str:
     if child.state in (State.DRAINING, State.HALF_CLOSED) and status in (0, -DRAIN):
         return "drained"
     return "drained" if status == 0 and child.is_leaving else "crash"
+
+
+def _failure(child: Child, status: int | None) -> str:
+    """Why a child could not boot: what it has said, or else how it ended."""
+    if child.failure is not None:
+        return "\n".join(child.failure).rstrip()
+    return f"a worker {'exited' if status is None else _how(status)} before it was ready"
 
 
 def _how(status: int) -> str:

@@ -6,7 +6,6 @@ signal handler of its process is touched, and no child that is not its own.
 
 import faulthandler
 import logging
-import mmap
 import os
 import selectors
 import signal
@@ -23,14 +22,14 @@ from typing import Any, NoReturn, Self
 from weakref import WeakSet
 
 from preforkd.children import Child
-from preforkd.plan import Timeouts
+from preforkd.plan import Timeouts, Wanted
 from preforkd.pool import Pool
 from preforkd.wakeup import held
 from preforkd_workers import prctl, process
 from preforkd_workers.adoption import AdoptableSocket
 from preforkd_workers.lifeline import Lifeline
 from preforkd_workers.protocol import DRAIN
-from preforkd_workers.scoreboard import WORD, Section, Service
+from preforkd_workers.scoreboard import Scoreboard
 
 __all__ = [
     "PreForkingMixIn",
@@ -258,14 +257,14 @@ class _Crew:
         self.server = server
         self.poll_interval = poll_interval
         self.selector = selectors.DefaultSelector()
-        section = Section("library", "process", (), max(4 * server.max_children, 256))
-        board = Service(section, memoryview(mmap.mmap(-1, section.words * WORD)).cast("Q"))
+        board = Scoreboard.private("library").add("library")
         timeouts = Timeouts(graceful=server.graceful_timeout, eof=server.eof_timeout)
-        self.pool = Pool("library", self.selector, board, self, timeouts, _Journal())
+        self.pool = Pool("library", self.selector, board, {1: self}, Wanted(0), timeouts, _Journal())
 
     def turn(self, size: int, patience: float) -> None:
         """Settle the pool to this size, and wait for news of it, at most for ``patience`` seconds."""
-        self.pool.resize(min(size, self.pool.board.section.rows))
+        if size != self.pool.size:
+            self.pool.resize(size)
         self.pool.settle()
         timeout = min(patience, self.pool.wake_at() - monotonic())
         for key, _ in self.selector.select(None if timeout == float("inf") else max(0.0, timeout)):
@@ -293,6 +292,9 @@ class _Crew:
             if pid == 0:
                 process.leave(lambda: self._be_worker(child, end))
         return pid
+
+    def lost(self, child: Child, cause: str, failure: str | None) -> None:
+        """The journal has said it, and the pool tries again."""
 
     def _be_worker(self, child: Child, end: Socket) -> None:
         process.reset_signals()

@@ -1,240 +1,237 @@
-"""The master's record of a service: settings, listeners, the mold, and the pool that is forked from it."""
+"""The master's record of a service: a pool, the generation that serves, and the next one while there is a reload."""
 
-import json
-import os
 import selectors
-import signal
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from time import monotonic
 
 from preforkd import log, settings
 from preforkd.backlog import sample
 from preforkd.children import Child
+from preforkd.generations import Generation, spec_of
 from preforkd.listeners import Bound
-from preforkd.molds import Mold
-from preforkd.plan import KILL_TIMEOUT, Timeouts, pause
+from preforkd.plan import Timeouts, Wanted
 from preforkd.pool import Pool
-from preforkd.wakeup import name_of
-from preforkd_workers import protocol
-from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard, Section
-from preforkd_workers.spec import Spec
-
-
-def section(name: str, wanted: settings.Service, listeners: Sequence[Bound]) -> Section:
-    """The service's part of a scoreboard, with room for TTIN to double the pool."""
-    urls = tuple(bound.listener.url for bound in listeners)
-    return Section(name, wanted.kind, urls, 2 * wanted.max_children + 8)
-
-
-def spec_of(
-    name: str,
-    wanted: settings.Service,
-    listeners: Sequence[Bound],
-    board: Scoreboard,
-    *,
-    generation: int = 1,
-    preload: bool,
-) -> Spec:
-    """What a mold is told of the service."""
-    return Spec(
-        service=name,
-        generation=generation,
-        target=wanted.target,
-        handler=wanted.handler or None,
-        listeners=tuple(bound.listener for bound in listeners),
-        preload=preload,
-        max_packet_size=wanted.max_packet_size,
-        graceful_timeout=wanted.graceful_timeout,
-        eof_timeout=wanted.eof_timeout,
-        scoreboard=board,
-        master=os.getpid(),
-    )
+from preforkd.transaction import Count, Event, Probation, judge, judge_roll
+from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard
 
 
 class Service:
-    """One service. It is the nursery of its own pool: workers come from its mold."""
+    """One service. Its pool outlives its generations."""
 
-    def __init__(
-        self,
-        name: str,
-        wanted: settings.Service,
-        listeners: Sequence[Bound],
-        board: Scoreboard,
-        selector: selectors.BaseSelector,
-    ) -> None:
+    def __init__(self, name: str, board: Scoreboard, selector: selectors.BaseSelector) -> None:
         self.name = name
-        self.settings = wanted
-        self.listeners = listeners
-        self.board = board.services[name]
+        self.scoreboard = board
+        self.board = board.add(name)
         self.selector = selector
-        self.mold: Mold | None = None
-        self.failed_molds = 0
-        self.mold_not_before = 0.0
-        self.leaving: set[int] = set()  # pids of molds that were let go and are to be reaped
-        self.boot_failure: str | None = None
-        timeouts = Timeouts(wanted.boot_timeout, wanted.graceful_timeout, wanted.eof_timeout)
-        self.pool = Pool(name, selector, self.board, self, timeouts)
-        self.spec = spec_of(name, wanted, listeners, board, generation=self.pool.generation, preload=wanted.preload)
-        self.pool.resize(wanted.max_children)
-
-    # The nursery of the pool.
+        self.generations: dict[int, Generation] = {}  # the current, the next, and those whose molds are leaving
+        self.current: Generation | None = None
+        self.next: Generation | None = None
+        self.pool = Pool(name, selector, self.board, self.generations, Wanted(0, generation=0), Timeouts())
+        self.wanted_before = self.pool.wanted
+        self.trial: Trial | None = None
+        self.block_on_close = True
 
     @property
-    def ready(self) -> bool:
-        return self.mold is not None and self.mold.ready and not self.mold.is_mute
+    def newest(self) -> Generation:
+        generation = self.next or self.current
+        assert generation is not None
+        return generation
 
     @property
-    def may_tell(self) -> bool:
-        return self.ready
+    def listeners(self) -> Sequence[Bound]:
+        """The listeners of the current generation, and those of the next one that are not."""
+        found = {id(bound): bound for each in (self.current, self.next) if each for bound in each.listeners}
+        return [*found.values()]
 
-    def spawn(self, child: Child, end: socket.socket) -> int | None:
-        assert self.mold is not None
-        self.mold.ask(child.serial, child.slot, end)
+    # The steps of a reload. The first generation of all takes them as well, but for the trial.
+
+    def load(self, number: int, wanted: settings.Service, listeners: Sequence[Bound]) -> None:
+        """Begin with the next generation: its mold is forked as soon as the service is settled."""
+        spec = spec_of(self.name, number, wanted, listeners, self.scoreboard)
+        self.next = self.generations[number] = Generation(number, wanted, listeners, spec, self.pool, self.selector)
+        self.wanted_before = self.pool.wanted
+        self._list_listeners()
+
+    def has_loaded(self) -> Event | None:
+        """Whether the mold of the next generation is ready, or has failed."""
+        return Event.FAILED if self.newest.has_failed else Event.SUCCEEDED if self.newest.ready else None
+
+    def try_out(self) -> None:
+        """Have one worker of the next generation serve, beside those of the current one if there is one."""
+        number, wanted = self.newest.number, self.newest.settings
+        nobody_serves = self.current is not None and not self.pool.size
+        self.trial = Trial(self.newest, self.pool, has_passed=nobody_serves or not wanted.probation)
+        if self.trial.has_passed:
+            return
+        if self.current is None:
+            self.pool.timeouts = self.newest.timeouts
+            self.pool.want(Wanted(1, number))
+        else:
+            now = self.pool.wanted
+            self.pool.want(
+                replace(now, trial=number, max_surge=wanted.max_surge, max_unavailable=wanted.max_unavailable)
+            )
+
+    def roll(self, max_old_generations: int) -> None:
+        """Replace the workers of every other generation by those of the next one."""
+        wanted, size, old = self.newest.settings, self.newest.settings.max_children, self.pool.draining()
+        if self.current is not None:
+            old = sorted({*old, self.current.number})
+            if self._has_size_of(self.current):
+                size = self.pool.size
+        self.pool.timeouts = self.newest.timeouts
+        self.pool.want(
+            replace(
+                self.pool.wanted,
+                size=size,
+                generation=self.newest.number,
+                trial=None,
+                max_surge=wanted.max_surge,
+                max_unavailable=wanted.max_unavailable,
+                hurried=max(old[:-max_old_generations], default=0),
+            )
+        )
+
+    def has_rolled(self) -> Event | None:
+        """Whether all workers are of the generation that is wanted, or too many of them have failed."""
+        failed = self.newest.has_failed or judge_roll(self.newest.boot_failures, self.newest.crashes)
+        return Event.FAILED if failed else Event.SUCCEEDED if self.pool.is_full else None
+
+    def roll_back(self) -> None:
+        """Replace those of the next generation, from the mold of the current one."""
+        failed, self.next, self.trial = self.newest, None, None
+        failed.let_go()
+        if self.current is None:
+            return self.stop()
+        size = self.pool.size if self._has_size_of(failed) else self.wanted_before.size
+        now = self.pool.wanted
+        self.pool.timeouts = self.current.timeouts
+        self.pool.want(replace(self.wanted_before, size=size, haste=now.haste, hurried=now.hurried))
+        self._list_listeners()
         return None
 
-    # The mold.
+    def commit(self) -> None:
+        """The next generation is the current one from now on."""
+        if self.current is not None:
+            self.current.let_go()
+        self.current, self.next, self.trial = self.newest, None, None
+        self.block_on_close = self.current.settings.block_on_close
+        self._list_listeners()
+
+    def _has_size_of(self, other: Generation) -> bool:
+        """Whether the settings agree on the size: then what an operator has said of it since goes on."""
+        return self.current is not None and self.newest.settings.max_children == other.settings.max_children
+
+    # What is to be done now.
 
     def settle(self) -> None:
-        """Have a mold if workers are wanted, kill one that boots for too long, and settle the pool."""
-        if self.mold is None:
-            if self.pool.size and monotonic() >= self.mold_not_before:
-                self._fork_mold()
-        elif monotonic() >= self.mold.deadline:
-            self._kill(self.mold)
+        """Settle the molds and the pool; forget the generations that are gone."""
+        for generation in [*self.generations.values()]:
+            generation.settle()
+            if generation.is_gone:
+                del self.generations[generation.number]
         self.pool.settle()
 
     def wake_at(self) -> float:
-        if self.mold is None:
-            return min(self.pool.wake_at(), self.mold_not_before if self.pool.size else float("inf"))
-        return min(self.pool.wake_at(), self.mold.deadline)
+        times = [generation.wake_at() for generation in self.generations.values()]
+        return min(self.pool.wake_at(), self.trial.wake_at() if self.trial else float("inf"), *times)
 
-    def _kill(self, mold: Mold) -> None:
-        """Kill a mold that takes too long: to boot, and then first with a signal that leaves its stack; or to leave."""
-        number = signal.SIGKILL if mold.cause else signal.SIGABRT
-        mold.deadline = float("inf") if mold.cause else monotonic() + KILL_TIMEOUT
-        mold.cause = mold.cause or "boot"
-        self._log("kill", mold, cause=mold.cause, signal=number.name)
-        mold.kill(number)
+    def stop(self) -> None:
+        """Want no workers any more, and so no molds."""
+        self.pool.resize(0)
+        for generation in self.generations.values():
+            generation.let_go()
+        self.current = self.next = self.trial = None
 
-    def _fork_mold(self) -> None:
-        try:
-            self.mold = Mold(self.spec, self.settings.boot_timeout)
-        except OSError as error:
-            self._hold_back(failed=True)
-            log.event(
-                "mold_refused", service=self.name, reason=error.strerror, retry_in=f"{pause(self.failed_molds):.1f}s"
-            )
-            return
-        self.selector.register(self.mold.channel, selectors.EVENT_READ, self.hear_mold)
+    @property
+    def is_gone(self) -> bool:
+        """Whether nothing is left of a service that was stopped."""
+        return not self.generations and not self.pool.children
 
-    def hear_mold(self) -> None:
-        """Act on what the mold has said. Its end is told by its death, not by the end of the channel."""
-        mold = self.mold
-        if mold is None:
-            return
-        for word, rest in mold.hear():
-            self._heard(mold, word, rest)
-        if mold.is_mute and mold.channel in self.selector.get_map():
-            self.selector.unregister(mold.channel)
+    # Who has died.
 
-    def _heard(self, mold: Mold, word: str, rest: str) -> None:
-        match word:
-            case protocol.READY:
-                mold.ready, mold.deadline = True, float("inf")
-                self._log("mold_ready", mold, kind=rest, seconds=round(monotonic() - mold.born, 3))
-            case protocol.FAILED:
-                self.boot_failure = rest
-            case protocol.SPAWNED:
-                serial, pid = map(int, rest.split())
-                self.pool.spawned(serial, pid)
-            case protocol.REFUSED:
-                number, _, reason = rest.partition(" ")
-                self.pool.refused(int(number), reason)
-            case protocol.NOTICE:
-                event, fields = json.loads(rest)
-                self._log(event, mold, **fields)
+    def hear_molds(self) -> None:
+        for generation in self.generations.values():
+            generation.hear()
 
     def reap(self, pid: int) -> bool:
         """Collect the exit status of this pid, if it is one of the service's own. Whether it was."""
-        if self.mold is not None and self.mold.pid == pid:
-            self.leaving.discard(pid)
-            self._mold_died(self.mold, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        elif pid in self.leaving:
-            os.waitpid(pid, 0)
-            self.leaving.remove(pid)
-        else:
-            return self.pool.reap(pid)
-        return True
-
-    def _mold_died(self, mold: Mold, exitcode: int) -> None:
-        """The mold's workers live on; it is replaced if more may be wanted."""
-        self._let_go_of(mold)
-        self.pool.bury_unknown()
-        if self.pool.size:
-            how = f"signal {name_of(-exitcode)}" if exitcode < 0 else f"status {exitcode}"
-            if mold.cause == "boot":
-                self.boot_failure = (
-                    f"the import of {self.spec.target} took longer than boot_timeout; see its stack above"
-                )
-            elif not mold.ready and self.boot_failure is None:
-                self.boot_failure = f"{self.spec.target}: the import ended the process ({how})"
-            self._hold_back(failed=not mold.ready)
-            self._log("mold_exit", mold, how=how, retry_in=f"{max(0.0, self.mold_not_before - monotonic()):.1f}s")
-
-    def _let_go_of(self, mold: Mold) -> None:
-        if mold.channel in self.selector.get_map():
-            self.selector.unregister(mold.channel)
-        mold.close()
-        self.mold = None
-
-    def stop(self) -> None:
-        """Want no workers any more, and so no mold. It holds nothing: killing it is the surest.
-
-        But one that is forking a worker is given the time to tell its pid, or nobody would reap it.
-        """
-        self.pool.size = 0
-        if self.mold is None:
-            return
-        self.leaving.add(self.mold.pid)
-        if self.mold.ready and any(child.pid is None for child in self.pool.children.values()):
-            self.mold.cause = self.mold.cause or "operator"
-            self.mold.deadline = min(self.mold.deadline, monotonic() + KILL_TIMEOUT)
-            self.mold.hang_up()
-        else:
-            self.mold.kill(signal.SIGKILL)
-            self._let_go_of(self.mold)
+        return any(generation.reap(pid) for generation in self.generations.values()) or self.pool.reap(pid)
 
     @property
     def is_waited_for(self) -> bool:
         """Whether the master stays for the service's processes."""
-        return bool(self.leaving) or (self.settings.block_on_close and bool(self.pool.children))
-
-    def take_failure(self) -> str | None:
-        """Why the target could not be started since the last time, if so."""
-        failure = self.boot_failure or self.pool.boot_failure
-        self.boot_failure = self.pool.boot_failure = None
-        return failure
-
-    def _hold_back(self, *, failed: bool) -> None:
-        """Fork the next mold at once when this one had worked, later and later when it had not."""
-        self.failed_molds = self.failed_molds + 1 if failed else 0
-        self.mold_not_before = monotonic() + pause(self.failed_molds)
+        has_molds = any(generation.leaving for generation in self.generations.values())
+        return has_molds or (self.block_on_close and bool(self.pool.children))
 
     # What the master shows.
 
     def sample_listeners(self) -> None:
         """Write what waits at each listener to the scoreboard."""
-        for index, bound in enumerate(self.listeners):
-            words = self.board.listener(index)
+        words = self.board.listeners()
+        for each in self.listeners:
             with suppress(OSError):  # a kernel that does not tell leaves zeros
-                words[BACKLOG], words[BACKLOG_LIMIT], words[DROPS] = sample(bound.listener.socket)
+                found = words[each.listener.url]
+                found[BACKLOG], found[BACKLOG_LIMIT], found[DROPS] = sample(each.listener.socket)
+
+    def _list_listeners(self) -> None:
+        self.scoreboard.list_listeners(self.name, [bound.listener.url for bound in self.listeners])
 
     def dump(self) -> None:
         """Write the state of every lane, and all stacks, to the log."""
-        log.event("service", service=self.name, workers=self.pool.size, mold=self.mold and self.mold.pid)
+        for each in self.generations.values():
+            log.event("mold", service=self.name, gen=each.number, pid=each.mold and each.mold.pid, ready=each.ready)
+        log.event("service", service=self.name, gen=self.pool.wanted.generation, workers=self.pool.size)
         self.pool.dump()
 
-    def _log(self, event: str, mold: Mold, **fields: object) -> None:
-        log.event(event, service=self.name, gen=self.spec.generation, pid=mold.pid, **fields)
+
+class Trial:
+    """The probation of one worker of a new generation, beside the old ones."""
+
+    def __init__(self, generation: Generation, pool: Pool, has_passed: bool) -> None:
+        wanted = generation.settings
+        self.rules = Probation(wanted.probation, wanted.probation_requests, wanted.probation_max_error_ratio)
+        self.generation = generation
+        self.pool = pool
+        self.worker: Child | None = None  # once it is ready
+        self.old_before: dict[int, tuple[int, int]] = {}
+        self.has_passed = has_passed
+
+    def verdict(self) -> Event | None:
+        """What it has come to by now; None: it goes on."""
+        if self.generation.has_failed or self.generation.crashes:
+            return Event.FAILED
+        if self.worker is None:
+            self._begin()
+        if self.worker is not None and not self.has_passed:
+            new = Count(self.worker.requests, self.worker.errors)
+            event = judge(monotonic() - self.worker.since, self.rules, new, self._old())
+            if event is Event.FAILED:
+                self.generation.failure = f"on probation {new.errors} of {new.requests} requests have raised"
+                return event
+            self.has_passed = event is Event.SUCCEEDED
+        return Event.SUCCEEDED if self.has_passed else None
+
+    def wake_at(self) -> float:
+        if self.worker is None or self.has_passed:
+            return float("inf")
+        return self.worker.since + self.rules.seconds
+
+    def _begin(self) -> None:
+        """Once the worker is ready, the window opens in which it is compared with the old ones."""
+        self.worker = next(iter(self.pool.ready(self.generation.number)), None)
+        self.old_before = {child.serial: (child.requests, child.errors) for child in self._old_workers()}
+
+    def _old(self) -> Count:
+        """What the old workers have done in the same window."""
+        requests = errors = 0
+        for child in self._old_workers():
+            requests_before, errors_before = self.old_before.get(child.serial, (0, 0))
+            requests += child.requests - requests_before
+            errors += child.errors - errors_before
+        return Count(requests, errors)
+
+    def _old_workers(self) -> list[Child]:
+        return self.pool.ready(self.pool.wanted.generation)

@@ -16,8 +16,15 @@ def _duration(help_text: str, at_least: float = 0.0, at_most: float = 86400.0) -
     return Meta(ge=at_least, le=at_most, description=help_text, extra={"unit": "s", "suffixes": _DURATIONS})
 
 
+_NEEDS_RESTART = {"needs_restart": True}  # a reload that finds it changed is refused
+
+
 def _size(help_text: str, at_most: int) -> Meta:
     return Meta(ge=0, le=at_most, description=help_text, extra={"unit": "bytes", "suffixes": _SIZES})
+
+
+_WORKERS = {"unit": "workers"}
+MOST_CHILDREN = 4096
 
 
 class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,17 +47,19 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kind: Annotated[Literal["process"], Meta(description="kind of worker: `process` handles one request at a time")] = (
         "process"
     )
-    max_children: Annotated[int, Meta(ge=1, le=4096, description="workers", extra={"unit": "workers"})] = 4
+    max_children: Annotated[int, Meta(ge=1, le=MOST_CHILDREN, description="workers", extra=_WORKERS)] = 4
     preload: Annotated[
         bool, Meta(description="import the target once and fork workers from there; false: each worker imports it")
     ] = True
     request_queue_size: Annotated[
         int, Meta(ge=1, le=65535, description="connections that may wait, listen(2)", extra={"unit": "connections"})
     ] = 1024
-    allow_reuse_address: Annotated[bool, Meta(description="bind a TCP port although old connections linger on it")] = (
-        True
-    )
-    allow_reuse_port: Annotated[bool, Meta(description="share the port with other masters (SO_REUSEPORT)")] = False
+    allow_reuse_address: Annotated[
+        bool, Meta(description="bind a TCP port although old connections linger on it", extra=_NEEDS_RESTART)
+    ] = True
+    allow_reuse_port: Annotated[
+        bool, Meta(description="share the port with other masters (SO_REUSEPORT)", extra=_NEEDS_RESTART)
+    ] = False
     max_packet_size: Annotated[int, _size("longest datagram; 0: what the server class says", 1 << 20)] = 0
     boot_timeout: Annotated[
         float, _duration("for importing the target, and for a worker to become ready", at_least=0.1)
@@ -60,6 +69,23 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     block_on_close: Annotated[
         bool, Meta(description="wait for the workers at stop; false: leave them to finish alone")
     ] = True
+    max_surge: Annotated[
+        int, Meta(ge=0, le=4096, description="workers more than `max_children` during a reload", extra=_WORKERS)
+    ] = 1
+    max_unavailable: Annotated[
+        int, Meta(ge=0, le=4096, description="workers less that are ready during a reload", extra=_WORKERS)
+    ] = 0
+    probation: Annotated[
+        float,
+        _duration("how long a reload tries one worker before the others are replaced; 0: not at all", at_most=3600.0),
+    ] = 5.0
+    probation_requests: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="or until it has ended so many", extra={"unit": "requests"})
+    ] = 50
+    probation_max_error_ratio: Annotated[
+        float,
+        Meta(ge=0, le=1, description="more errors than this, and than twice the old workers', and it has failed"),
+    ] = 0.1
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,16 +94,27 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[
         str,
         Meta(
-            pattern=r"^[\w.@:-]*$", description="the daemon's, in process titles; empty: after the file or the target"
+            pattern=r"^[\w.@:-]*$",
+            description="the daemon's, in process titles; empty: after the file or the target",
+            extra=_NEEDS_RESTART,
         ),
     ] = ""
     metrics: Annotated[
         str, Meta(description="address of the exporter, `/metrics`, `/healthz`, `/readyz`; empty: none")
     ] = ""
-    control: Annotated[str, Meta(description="path of the control socket; not used yet")] = ""
+    control: Annotated[str, Meta(description="path of the control socket; not used yet", extra=_NEEDS_RESTART)] = ""
     ready_fd: Annotated[
-        int, Meta(ge=0, le=65535, description="descriptor to write a newline to when ready, as s6 wants it; 0: none")
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="descriptor to write a newline to when ready, as s6 wants it; 0: none",
+            extra=_NEEDS_RESTART,
+        ),
     ] = 0
+    max_old_generations: Annotated[
+        int, Meta(ge=1, le=100, description="that may be draining; the oldest beyond is hurried")
+    ] = 3
     services: dict[str, Service] = field(default_factory=dict)
 
 
@@ -91,6 +128,7 @@ class Setting:
     help: str
     unit: str
     suffixes: dict[str, float]
+    needs_restart: bool
 
     def convert(self, raw: object, *, is_text: bool) -> Any:
         """The value of the declared type. ``is_text``: from a place where everything is text.
@@ -126,7 +164,13 @@ def _settings(struct: type[Struct]) -> Iterator[Setting]:
             extra = meta.extra or {}
             help_text = meta.description or ""
             yield Setting(
-                declared.name, declared.type, default, help_text, extra.get("unit", ""), extra.get("suffixes", {})
+                declared.name,
+                declared.type,
+                default,
+                help_text,
+                extra.get("unit", ""),
+                extra.get("suffixes", {}),
+                extra.get("needs_restart", False),
             )
 
 
@@ -183,9 +227,8 @@ def reference() -> str:
     lines = ["| setting | default | from … to | |", "| --- | --- | --- | --- |"]
     for prefix, settings in (("", DAEMON), ("services.*NAME*.", SERVICE)):
         for setting in settings.values():
-            lines.append(
-                f"| {prefix}`{setting.key}` | {_default_of(setting)} | {_bounds_of(setting)} | {setting.help} |"
-            )
+            help_text = f"{setting.help}; needs a restart" if setting.needs_restart else setting.help
+            lines.append(f"| {prefix}`{setting.key}` | {_default_of(setting)} | {_bounds_of(setting)} | {help_text} |")
     return "\n".join(lines)
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from msgspec import Struct
+
 from preforkd.listeners import Address, AddressError, parse
-from preforkd.settings import DAEMON, SERVICE, Service, Settings
+from preforkd.settings import DAEMON, SERVICE, Service, Setting, Settings
 
 ENVIRONMENT = "PREFORKD_"
 # What Kubernetes sets in every container beside a Service that is called preforkd: not meant for us.
@@ -160,6 +162,8 @@ class _Layers:
                 self._fault(f"services.{service}.target", "required: what to serve, as module:name")
             if not values.get("listen") and (service, "listen") not in self.unusable:
                 self._fault(self._origin(service, "listen"), "at least one address, such as tcp://127.0.0.1:9999")
+            if values.get("max_surge", 1) == values.get("max_unavailable", 0) == 0:
+                self._fault(self._origin(service, "max_surge"), "at least 1, or max_unavailable at least 1")
         addresses = self._addresses()
         if self.faults:
             raise Faults(self.faults)
@@ -195,6 +199,20 @@ class _Layers:
 
     def _fault(self, where: str, message: str) -> None:
         self.faults.append(f"{where}: {message}")
+
+
+def changes_that_need_a_restart(before: Checked, after: Checked) -> list[str]:
+    """What a reload cannot bring into effect, a line each."""
+    pairs: list[tuple[str, Struct, Struct, Mapping[str, Setting]]] = [("", before.settings, after.settings, DAEMON)]
+    for name, service in after.settings.services.items():
+        if name in before.settings.services:
+            pairs.append((f"services.{name}.", before.settings.services[name], service, SERVICE))
+    return [
+        f"{prefix}{key}: changed, which a reload cannot bring into effect; needs a restart"
+        for prefix, old, new, declared in pairs
+        for key, setting in declared.items()
+        if setting.needs_restart and getattr(old, key) != getattr(new, key)
+    ]
 
 
 def _unknown(what: str, name: str, known: Mapping[str, object]) -> str:

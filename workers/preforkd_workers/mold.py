@@ -31,7 +31,7 @@ def run(spec: Spec, channel: socket.socket) -> NoReturn:
     process.reset_signals()
     setproctitle(f"preforkd: mold {spec.service} gen={spec.generation}")
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    faulthandler.enable(all_threads=True)
+    faulthandler.enable(channel.fileno(), all_threads=True)
     prctl.signal_on_parent_death(signal.SIGKILL)
     if os.getppid() == spec.master:  # or it has died already
         process.leave(lambda: Mold(spec, channel).serve())
@@ -58,8 +58,8 @@ class Mold:
             request, descriptor = protocol.receive(self.channel)
             if request is None or descriptor is None:
                 return
-            serial, slot = map(int, request.split())
-            self._fork(serial, slot, descriptor)
+            serial, slot, row_at = map(int, request.split())
+            self._fork(serial, slot, row_at, descriptor)
             os.close(descriptor)
 
     def _import(self) -> bool:
@@ -72,24 +72,24 @@ class Mold:
             self._tell(f"{NOTICE} {json.dumps([event, fields])}")
         return True
 
-    def _fork(self, serial: int, slot: int, end: int) -> None:
+    def _fork(self, serial: int, slot: int, row_at: int, end: int) -> None:
         """Fork twice: the process in the middle tells the master the worker's pid and exits, which gives it away."""
         try:
             middle = os.fork()
             if middle == 0:
-                self._be_middle(serial, slot, end)
+                self._be_middle(serial, slot, row_at, end)
             if _wait_for(middle):
                 self._tell(f"{REFUSED} {serial} the process that forks it was killed")
         except OSError as error:
             self._tell(f"{REFUSED} {serial} {error.strerror}")
 
-    def _be_middle(self, serial: int, slot: int, end: int) -> NoReturn:
+    def _be_middle(self, serial: int, slot: int, row_at: int, end: int) -> NoReturn:
         """The master hears the pid before it can see the worker die: it is not its child before we have exited."""
         status, middle = 1, os.getpid()
         try:
             pid = os.fork()
             if pid == 0:
-                process.leave(lambda: self._be_worker(slot, end, middle))
+                process.leave(lambda: self._be_worker(slot, row_at, end, middle))
             self._tell(f"{SPAWNED} {serial} {pid}")
             status = 0
         except OSError as error:
@@ -98,7 +98,7 @@ class Mold:
         finally:
             os._exit(status)
 
-    def _be_worker(self, slot: int, end: int, middle: int) -> None:
+    def _be_worker(self, slot: int, row_at: int, end: int, middle: int) -> None:
         spec = self.spec
         lifeline = Lifeline(socket.socket(fileno=end))
         self.channel.close()
@@ -110,7 +110,7 @@ class Mold:
             return
         if lifeline.is_cut:  # the mold died before the master heard of us: the slot, and its row, may be another's
             return
-        row = spec.scoreboard.services[spec.service].row(slot)
+        row = spec.scoreboard.row_at(row_at)
         process.claim(row, spec.generation)
         target = self.target or self._import_in_worker(lifeline)
         if target is None:

@@ -1,7 +1,8 @@
 """What master, mold and worker say to each other: text, a word and then the rest.
 
-Between master and mold: packets on a SOCK_SEQPACKET pair (unix(7)). From worker to master: lines on its lifeline; a
-line that begins with none of the words is a line of a stack or a traceback.
+Between master and mold: packets on a SOCK_SEQPACKET pair (unix(7)); the master's are three numbers, serial, slot and
+place of the row, with the worker's end of a lifeline. From worker to master: lines on its lifeline. A packet or a
+line that begins with none of the words is part of a stack or a traceback.
 
 Whatever a mold and the process in the middle touch between two forks, every worker has a copy of: so this is plain.
 """
@@ -10,6 +11,8 @@ import array
 import signal
 import socket
 import sys
+
+WORD = "preforkd:"  # so begins every word; what does not is part of a stack
 
 # A worker's words on its lifeline.
 READY = "preforkd:ready"  # and its pid

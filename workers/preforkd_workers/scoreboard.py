@@ -5,25 +5,36 @@ slot, not to a pid: the next worker in the slot goes on counting where the last 
 in a slot, the master owns its row. Words are stored through ``memoryview.cast("Q")``: one aligned store, never torn
 (``struct.pack_into`` writes byte by byte and is).
 
-The file begins with a description of itself in JSON, so that a reader needs nothing but the descriptor:
+The file describes itself in JSON, so that a reader needs nothing but the descriptor:
 
-    | JSON, padded to HEADER bytes | daemon words | service words, listener words, rows | next service … |
+    | directory | directory | daemon words | blocks: service words, listener words, rows, in the order of their making |
+
+Blocks are added while the daemon runs, when a reload brings services, listeners or a larger pool; none is ever moved,
+and what a service has counted stays when it goes, for it may come back. Of the two directories the one is
+valid that the parity of the word LAYOUT says; the master writes the other one and then adds one to LAYOUT, so a reader
+never sees half a directory. The file is as long as it will ever be from the start, and mapped once: what nobody has
+written to takes no memory.
 """
 
 import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
-VERSION = 1
-HEADER = 1 << 16
+VERSION = 2
 WORD = 8
+SPAN = 1 << 26  # bytes
+DIRECTORY = 1 << 16  # bytes
 
-# The daemon's words, written by the master.
-STARTED_AT, HEARTBEAT = range(2)  # nanoseconds since the epoch
-DAEMON_WORDS = 8
+# The daemon's words, written by the master. Times are nanoseconds since the epoch, durations nanoseconds.
+STARTED_AT, HEARTBEAT, LAYOUT, RELOADED_AT, RELOAD_NS, RELOADS = range(6)  # RELOADS: the first of one word per result
+DAEMON_WORDS = 16
+_FIRST_BLOCK = 2 * DIRECTORY // WORD + DAEMON_WORDS
+
+# How a reload may end. The order is the layout: append only.
+RESULTS = ("done", "rolled_back", "refused")
 
 # Why a worker left. The order is the layout: append only.
 CAUSES = (
@@ -41,6 +52,7 @@ LISTENER_WORDS = 8
 # A lane's row, written by the lane.
 PID, ROW_GENERATION, STATE, SINCE, BEGUN, OK, ERRORS, REFUSED, BUSY_NS, BUCKETS = range(10)
 ROW_WORDS = 32
+FEWEST_ROWS = 16  # that are added at a time
 
 # What STATE may say. Busy is not among them: a lane is busy while it has begun more requests than it has ended.
 EMPTY, STARTING, SERVING, DRAINING = range(4)
@@ -67,39 +79,55 @@ def blank_row() -> memoryview:
     return memoryview(mmap.mmap(-1, ROW_WORDS * WORD)).cast("Q")
 
 
-@dataclass(frozen=True)
-class Section:
-    """One service's part: how many rows it has, and which listeners it counts for."""
+@dataclass
+class Entry:
+    """A service's entry in the directory: where its blocks begin, counted in words from the start of the file."""
 
     service: str
-    kind: str
-    listeners: tuple[str, ...]
-    rows: int
-
-    @property
-    def words(self) -> int:
-        return SERVICE_WORDS + LISTENER_WORDS * len(self.listeners) + ROW_WORDS * self.rows
+    words: int
+    listeners: list[tuple[str, int]] = field(default_factory=list)  # url; an empty one is a block to be used again
+    rows: list[tuple[int, int]] = field(default_factory=list)  # where a block of rows begins, and how many it has
+    is_gone: bool = False
 
 
 class Service:
     """A service's words: the master's own, one group per listener, and the rows of its lanes."""
 
-    def __init__(self, section: Section, words: memoryview) -> None:
-        self.section = section
-        self.words = words[:SERVICE_WORDS]
-        self._listeners = words[SERVICE_WORDS : SERVICE_WORDS + LISTENER_WORDS * len(section.listeners)]
-        self._rows = words[SERVICE_WORDS + LISTENER_WORDS * len(section.listeners) :]
+    def __init__(self, board: "Scoreboard", entry: Entry) -> None:
+        self.board = board
+        self.entry = entry
+        self.words = board.words[entry.words : entry.words + SERVICE_WORDS]
 
-    def listener(self, index: int) -> memoryview:
-        return self._listeners[index * LISTENER_WORDS : (index + 1) * LISTENER_WORDS]
+    def listeners(self) -> dict[str, memoryview]:
+        """The words of each listener, by its URL."""
+        return {url: self.board.words[at : at + LISTENER_WORDS] for url, at in self.entry.listeners if url}
+
+    def row_at(self, index: int) -> int:
+        """Where the row of a lane begins. ``index`` is counted within the service; IndexError when it has no such."""
+        for at, number in self.entry.rows:
+            if index < number:
+                return at + index * ROW_WORDS
+            index -= number
+        raise IndexError(f"{self.entry.service} has no row {index} more")
 
     def row(self, index: int) -> memoryview:
-        """The row of a lane, ``index`` counted within the service; no bounds beyond the section's ``rows``."""
-        return self._rows[index * ROW_WORDS : (index + 1) * ROW_WORDS]
+        return self.board.row_at(self.row_at(index))
 
     def rows(self) -> Iterator[memoryview]:
         """The rows that were ever used; an untouched page of the rest is never read, for reading would allocate it."""
         return (self.row(index) for index in range(self.words[ROWS_USED]))
+
+    def use_row(self, index: int) -> int:
+        """Where the row of a lane begins, after making room for it if there is none yet. For the master only.
+
+        Raises MemoryError when the scoreboard is full.
+        """
+        has = sum(number for _, number in self.entry.rows)
+        if index >= has:
+            self.entry.rows.append(self.board.add_rows(max(index + 1 - has, has, FEWEST_ROWS)))
+            self.board.write_directory()
+        self.words[ROWS_USED] = max(self.words[ROWS_USED], index + 1)
+        return self.row_at(index)
 
     def settle_row(self, index: int) -> int:
         """Take over the row of a dead lane: empty it, and return how many requests died with it."""
@@ -109,37 +137,122 @@ class Service:
         row[STATE], row[PID] = EMPTY, 0
         return int(killed)
 
+    def settle_rows(self) -> None:
+        """Take over every row from lanes of a master before us. None of them is alive any more."""
+        for index in range(self.words[ROWS_USED]):
+            self.words[KILLED] += self.settle_row(index)
+
 
 class Scoreboard:
     """The mapped file. Made by the master before anything is forked; attached to by descriptor elsewhere."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, mapped: mmap.mmap, fd: int = -1) -> None:
         self.fd = fd
-        self._map = mmap.mmap(fd, 0)
-        header = json.loads(bytes(self._map[:HEADER]).rstrip(b"\0"))
-        if header["version"] != VERSION:
-            raise ValueError(f"scoreboard of version {header['version']}, this program reads version {VERSION}")
-        self.name: str = header["name"]
-        words = memoryview(self._map)[HEADER:].cast("Q")
-        self.daemon = words[:DAEMON_WORDS]
+        self.words = memoryview(mapped).cast("Q")
+        self.daemon = self.words[_FIRST_BLOCK - DAEMON_WORDS : _FIRST_BLOCK]
+        self.name = ""
         self.services: dict[str, Service] = {}
-        start = DAEMON_WORDS
-        for fields in header["services"]:
-            section = Section(**{**fields, "listeners": tuple(fields["listeners"])})
-            self.services[section.service] = Service(section, words[start : start + section.words])
-            start += section.words
+        self._entries: dict[str, Entry] = {}
+        self._end = _FIRST_BLOCK
+        self._layout = 0
 
     @classmethod
-    def create(cls, name: str, sections: Sequence[Section]) -> Self:
-        """Make a scoreboard of zeros for these services.
-
-        Raises ValueError when their description does not fit into the header.
-        """
-        services = [asdict(section) for section in sections]
-        header = json.dumps({"version": VERSION, "name": name, "services": services}).encode()
-        if len(header) > HEADER:
-            raise ValueError(f"{len(sections)} services need {len(header)} bytes of description, not {HEADER}")
+    def create(cls, name: str) -> Self:
+        """Make an empty scoreboard, in a memfd."""
         fd = os.memfd_create("preforkd-scoreboard")
-        os.ftruncate(fd, HEADER + WORD * (DAEMON_WORDS + sum(section.words for section in sections)))
-        os.pwrite(fd, header, 0)
-        return cls(fd)
+        os.ftruncate(fd, SPAN)
+        return cls._named(name, mmap.mmap(fd, SPAN), fd)
+
+    @classmethod
+    def private(cls, name: str) -> Self:
+        """Make an empty scoreboard that only this process and those that it forks can see."""
+        return cls._named(name, mmap.mmap(-1, SPAN), -1)
+
+    @classmethod
+    def _named(cls, name: str, mapped: mmap.mmap, fd: int) -> Self:
+        board = cls(mapped, fd)
+        board.name = name
+        board.write_directory()
+        return board
+
+    @classmethod
+    def attach(cls, fd: int) -> Self:
+        """The scoreboard that somebody else has made. Raises ValueError when it is none, or of another version."""
+        if os.fstat(fd).st_size != SPAN:
+            raise ValueError(f"descriptor {fd} is no scoreboard of version {VERSION}")
+        board = cls(mmap.mmap(fd, SPAN), fd)
+        board.refresh()
+        return board
+
+    def refresh(self) -> None:
+        """Take notice of what has been added or has gone since the last time. For readers."""
+        if self.daemon[LAYOUT] == self._layout:
+            return
+        self._layout = self.daemon[LAYOUT]
+        directory = json.loads(bytes(self._directory(self._layout)).partition(b"\0")[0])
+        if directory["version"] != VERSION:
+            raise ValueError(f"scoreboard of version {directory['version']}, this program reads version {VERSION}")
+        self.name, self._end = directory["name"], directory["end"]
+        entries = [Entry(**fields) for fields in directory["services"]]
+        self._entries = {entry.service: entry for entry in entries}
+        self.services = {entry.service: Service(self, entry) for entry in entries if not entry.is_gone}
+
+    def row_at(self, at: int) -> memoryview:
+        """The row that begins at this word of the file."""
+        return self.words[at : at + ROW_WORDS]
+
+    # For the master only.
+
+    def add(self, service: str) -> Service:
+        """The words of a service: new ones, or those that it had when it was here before. Rows come with their use."""
+        entry = self._entries.get(service)
+        if entry is None:
+            entry = self._entries[service] = Entry(service, self._block(SERVICE_WORDS))
+        entry.is_gone = False
+        self.services[service] = Service(self, entry)
+        self.write_directory()
+        return self.services[service]
+
+    def remove(self, service: str) -> None:
+        """Show the service no more. What it has counted stays."""
+        self._entries[service].is_gone = True
+        del self.services[service]
+        self.write_directory()
+
+    def list_listeners(self, service: str, urls: Sequence[str]) -> None:
+        """Have words for exactly these listeners of a service; a listener that stays keeps what it has counted."""
+        entry = self._entries[service]
+        kept = dict(entry.listeners)
+        free = [at for url, at in entry.listeners if url not in urls]
+        blocks = [(url, kept[url]) for url in urls if url in kept]
+        for url in dict.fromkeys(urls):
+            if url not in kept:
+                at = free.pop() if free else self._block(LISTENER_WORDS)
+                self.words[at : at + LISTENER_WORDS] = memoryview(bytes(LISTENER_WORDS * WORD)).cast("Q")
+                blocks.append((url, at))
+        entry.listeners = [*blocks, *(("", at) for at in free)]
+        self.write_directory()
+
+    def add_rows(self, number: int) -> tuple[int, int]:
+        return self._block(number * ROW_WORDS), number
+
+    def _block(self, words: int) -> int:
+        if (self._end + words) * WORD > SPAN:
+            raise MemoryError(f"the scoreboard is full: {SPAN} bytes")
+        at = self._end
+        self._end += words
+        return at
+
+    def write_directory(self) -> None:
+        """Publish what has changed. Raises MemoryError when the description does not fit."""
+        services = [asdict(entry) for entry in self._entries.values()]
+        text = json.dumps({"version": VERSION, "name": self.name, "end": self._end, "services": services}).encode()
+        if len(text) >= DIRECTORY:
+            raise MemoryError(f"{len(services)} services need {len(text)} bytes of description, not {DIRECTORY}")
+        self._layout += 1
+        self._directory(self._layout)[: len(text) + 1] = text + b"\0"
+        self.daemon[LAYOUT] = self._layout
+
+    def _directory(self, layout: int) -> memoryview:
+        start = layout % 2 * (DIRECTORY // WORD)
+        return self.words[start : start + DIRECTORY // WORD].cast("B")
