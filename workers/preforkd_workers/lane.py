@@ -232,24 +232,24 @@ class Lane:
                 epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
             epoll.register(self.lifeline.fileno(), select.EPOLLIN)
             patience = poll_interval if actions else None
-            woken = False  # for a request, and no other lane was: it has to be taken even by a lane that drains
+            woken = False  # for a request, and no other lane was: even a lane that drains has to take that
             while woken or not self.draining:
-                woken = False
                 try:
                     took_any = self._take(turns, actions)
                 except Starved as error:
+                    woken = False
                     self._hold_back(error)
                     continue
-                if self.draining:
-                    break
-                events = epoll.poll(0 if took_any else patience)
-                for descriptor, _ in events:
-                    if descriptor == self.lifeline.fileno():
-                        self.drain()
-                    else:
-                        woken = not took_any
+                woken = not self.draining and self._wait(epoll, 0 if took_any else patience) and not took_any
                 for act in actions:
                     act()
+
+    def _wait(self, epoll: select.epoll, patience: float | None) -> bool:
+        """Wait until there is a request, or the lifeline ends; whether there is a request."""
+        readable = {descriptor for descriptor, _ in epoll.poll(patience)}
+        if self.lifeline.fileno() in readable:
+            self.drain()
+        return bool(readable - {self.lifeline.fileno()})
 
     def _take(self, turns: list[Turn], actions: list[Callable[[], None]]) -> bool:
         """Take what is there, at most BUSY_TURNS times; whether there may be more."""
