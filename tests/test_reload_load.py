@@ -14,6 +14,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from time import monotonic
 
+import pytest
+
 from tests.conftest import Serve
 from tests.daemon import Daemon, eventually
 from tests.under_load import NO_BYTECODE, SERVICES, Code, Load, Report, check_losses, check_nothing_lost
@@ -333,4 +335,35 @@ def test_somebody_is_killed_in_the_middle(serve: Serve, tmp_path: Path, soak: bo
                 site.check_nobody_left(load)
         report = load.stop()
     check_losses(site.daemon, report, {"stream": killed})
+    site.check_generations(report)
+
+
+# The master becomes another program under the same pid.
+
+
+def counters(daemon: Daemon) -> dict[str, float]:
+    """Whatever may only grow."""
+    growing = r"preforkd_\w+_(total|count|bucket|sum)(\{|$)"
+    return {name: value for name, value in daemon.metrics().items() if re.match(growing, name)}
+
+
+def test_upgrades_in_a_row(serve: Serve, tmp_path: Path, soak: bool) -> None:
+    pytest.importorskip("preforkd.upgrade")
+    site = Site(serve, tmp_path, probation=0.1)
+    daemon = site.daemon
+    with Load(daemon, at_most=1500) as load:
+        load.after(100)
+        counted = counters(daemon)
+        for turn in range(20 if soak else 3):
+            number = site.code.deploy()
+            daemon.signal(signal.SIGUSR2)
+            assert daemon.log.wait_for(r"^upgrade_done from=\S+ to=\S+", turn + 1)
+            assert site.verdict(number)["result"] == "done"
+            load.after(100)
+            before, counted = counted, counters(daemon)
+            assert not [name for name, value in before.items() if counted.get(name, 0) < value]
+        site.check_nobody_left(load)
+        report = load.stop()
+    assert daemon.process.poll() is None
+    check_nothing_lost(daemon, report)
     site.check_generations(report)
