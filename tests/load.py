@@ -76,6 +76,7 @@ class Question:
         self.asked = monotonic()
         self.connected = self.asked
         self.generation: str | None = None
+        self.pid = 0
         self.port = 0
         self.failed = False
 
@@ -89,7 +90,7 @@ class Question:
         words = answer.decode(errors="replace").split()
         if answer.count(b"\n") != 1 or len(words) != 4 or words[1] != str(self.serial) or words[0] != words[2]:
             raise Fault("wrong", f"{answer!r}")
-        self.generation = words[0]
+        self.generation, self.pid = words[0], int(words[3])
 
 
 class Load:
@@ -113,6 +114,7 @@ class Load:
         self.ended: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
+        self.holders: dict[int, int] = {}  # process that holds a connection of the kind stay: how many
         self.details: list[dict[str, Any]] = []
         self.generations: dict[str, dict[str, Any]] = {}
         self.longest = 0.0
@@ -238,6 +240,18 @@ class Load:
             where = {"client": question.kind, "serial": question.serial, "port": question.port}
             self.details.append({"fault": fault, "detail": detail, **where, "at": monotonic(), "took": took})
 
+    @contextmanager
+    def held_by(self, question: Question) -> Iterator[None]:
+        """Note that a connection stays with the process that has answered."""
+        held = self.holders if question.kind == "stay" else {}
+        held[question.pid] = held.get(question.pid, 0) + 1
+        try:
+            yield
+        finally:
+            held[question.pid] -= 1
+            if not held[question.pid]:
+                del held[question.pid]
+
     def report(self) -> None:
         """A line with all counts so far; ``open`` requests have been asked and not ended."""
         said = {
@@ -247,6 +261,7 @@ class Load:
             "connected": self.connected,
             "ended": self.ended,
             "lost": self.lost,
+            "holders": [*self.holders],
             "open": self.open,
             "generations": self.generations,
             "details": self.details,
@@ -327,7 +342,9 @@ def stay_connected(load: Load, kind: str, pause: float) -> Client:
                     generation = question.generation
                 if question.failed or link is None:
                     break
-                if (yield Wait(link, pause, idle=True)):
+                with load.held_by(question):
+                    is_over = yield Wait(link, pause, idle=True)
+                if is_over:
                     _read_end(load, question, link)
                     break
         finally:

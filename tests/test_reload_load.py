@@ -7,6 +7,7 @@ is refused, cut, unanswered or answered by a mixture of generations. ``--soak`` 
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tests.under_load import NO_BYTECODE, SERVICES, Code, Load, Report, check_lo
 
 # Long-lived connections end with those who leave, after graceful_timeout where the handler cannot know.
 SERVICE = """
-graceful_timeout = "0.5s"
+graceful_timeout = "1s"
 boot_timeout = "2s"
 probation = "{probation}s"
 probation_requests = 1000000
@@ -83,6 +84,11 @@ class Site:
         """The titles of molds and workers of other generations than the one that serves; the exporter's are as good."""
         titles = map(title_of, self.daemon.family())
         return [title for title in titles if title and not title.endswith(f" gen={self.serving}")]
+
+    @property
+    def workforce(self) -> list[int]:
+        """The workers of the generation that serves."""
+        return [pid for service in SERVICES for pid in self.pids(f"worker {service}#", self.serving)]
 
     def check_nobody_left(self, load: Load) -> None:
         """Soon there are only processes of the generation that serves, as many as wanted, and they alone answer."""
@@ -183,7 +189,7 @@ def is_first(what):
 
 # What the worker, and not the mold, does with a server before it is ready.
 BOOT = """
-class Stream(Stream):
+class {server}({server}):
     def __setattr__(self, name, value):
         if name == "draining" and value is False:
             {boot}
@@ -192,11 +198,13 @@ class Stream(Stream):
 
 # What a worker does as soon as it is ready.
 SERVE = """
-class Stream(Stream):
+class {server}({server}):
     def serve_forever(self, poll_interval=0.5):
         {serve}
         super().serve_forever(poll_interval)
 """
+
+SERVER = {"stream": "Stream", "datagrams": "Datagrams"}
 
 ERR = """
 class {handler}({handler}):
@@ -205,22 +213,25 @@ class {handler}({handler}):
         raise RuntimeError("after all")
 """
 
+FAIL = 'raise RuntimeError("cannot boot")'
+
 BROKEN: Mapping[str, Broken] = {
     "SyntaxError": Broken("molds", "def broken(:\n"),
     "ImportError": Broken("molds", before="import there_is_no_such_module\n"),
     "missing name": Broken("molds", "del Stream\n"),
     "import hangs": Broken("molds", "import time\ntime.sleep(3600)\n"),
     "import dies": Broken("molds", "os.kill(os.getpid(), 9)\n"),
-    "no worker boots": Broken("probation", BOOT.format(boot='raise RuntimeError("cannot boot")')),
-    "worker crashes on probation": Broken("probation", SERVE.format(serve="os._exit(3)")),
+    "no worker boots": Broken("probation", BOOT.format(server="Stream", boot=FAIL)),
+    "worker crashes on probation": Broken("probation", SERVE.format(server="Stream", serve="os._exit(3)")),
     "handler errs": Broken("probation", ERR.format(handler="StreamHandler")),
     "datagram handler errs": Broken("probation", ERR.format(handler="DatagramHandler")),
     "import exits in a part": Broken("molds", part="GENERATION = {generation}\nraise SystemExit(7)\n"),
     "second worker does not boot": Broken(
-        "rolling", FIRST + BOOT.format(boot='if not is_first("boot"): raise RuntimeError("cannot boot")')
+        "rolling",
+        FIRST + BOOT.format(server="Datagrams", boot=f'if not is_first("boot"): {FAIL}'),
     ),
     "workers after the first crash": Broken(
-        "rolling", FIRST + SERVE.format(serve='if not is_first("crash"): os._exit(3)')
+        "rolling", FIRST + SERVE.format(server="Stream", serve='if not is_first("crash"): os._exit(3)')
     ),
 }
 
@@ -253,7 +264,7 @@ GATE = 'os.close(os.open("gate", os.O_RDONLY))'
 GATED = {
     "molds": f"{GATE}\n",
     "probation": "",
-    "rolling": FIRST + BOOT.format(boot=f'is_first("boot") or {GATE}'),
+    "rolling": FIRST + BOOT.replace("{boot}", f'is_first("boot") or {GATE}'),
 }
 
 # How long the probation lasts: where the verdict is awaited, as long as it takes to kill somebody.
@@ -263,22 +274,22 @@ PROBATION = {"molds": 0.1, "probation": 1.5, "rolling": 0.1}
 @dataclass(frozen=True)
 class Victim:
     phase: str
-    title: str
+    kind: str
     is_new: bool
     result: str
 
 
 VICTIMS: Mapping[str, Victim] = {
-    "the new mold while it imports": Victim("molds", "mold stream", True, "rolled_back"),
-    "an old worker while the new mold imports": Victim("molds", "worker stream#", False, "done"),
-    "the new mold, on probation": Victim("probation", "mold stream", True, "rolled_back"),
-    "the worker on probation": Victim("probation", "worker stream#", True, "rolled_back"),
-    "an old worker, on probation": Victim("probation", "worker stream#", False, "done"),
-    "the old mold, on probation": Victim("probation", "mold stream", False, "done"),
-    "the new mold in the roll": Victim("rolling", "mold stream", True, "rolled_back"),
-    "a new worker in the roll": Victim("rolling", "worker stream#", True, "done"),
-    "an old worker in the roll": Victim("rolling", "worker stream#", False, "done"),
-    "the old mold in the roll": Victim("rolling", "mold stream", False, "done"),
+    "the new mold while it imports": Victim("molds", "mold", True, "rolled_back"),
+    "an old worker while the new mold imports": Victim("molds", "worker", False, "done"),
+    "the new mold, on probation": Victim("probation", "mold", True, "rolled_back"),
+    "the worker on probation": Victim("probation", "worker", True, "rolled_back"),
+    "an old worker, on probation": Victim("probation", "worker", False, "done"),
+    "the old mold, on probation": Victim("probation", "mold", False, "done"),
+    "the new mold in the roll": Victim("rolling", "mold", True, "rolled_back"),
+    "a new worker in the roll": Victim("rolling", "worker", True, "done"),
+    "an old worker in the roll": Victim("rolling", "worker", False, "done"),
+    "the old mold in the roll": Victim("rolling", "mold", False, "done"),
 }
 
 
@@ -298,26 +309,37 @@ def gate(directory: Path) -> Iterator[None]:
         os.close(both)
 
 
-def kill_in_the_middle(site: Site, victim: Victim) -> None:
+def choose(site: Site, load: Load, victim: Victim, service: str, generation: int) -> int:
+    """The pid of the one to be killed: of the old workers one that holds a connection, if that is certain to stay."""
+    pids = site.pids(f"{victim.kind} {service}", generation)
+    if is_holder(victim, service):
+        eventually(lambda: {*pids} & {*load.report().holders}, "a long-lived connection has come to an old worker")
+        return next(pid for pid in load.report().holders if pid in pids)
+    said = rf"^{victim.kind}_ready service={service} .*\bgen={generation} pid=(\d+)"
+    ready = [int(match[1]) for match in site.daemon.log.matches(said) if int(match[1]) in pids]
+    return (ready or pids)[0]
+
+
+def is_holder(victim: Victim, service: str) -> bool:
+    """Whether it holds a long-lived connection for certain: before the roll, nobody is told to leave."""
+    return (victim.kind, victim.is_new, service) == ("worker", False, "stream") and victim.phase != "rolling"
+
+
+def kill_in_the_middle(site: Site, load: Load, victim: Victim, service: str) -> None:
     """Reload; in this phase, kill this one; see the reload end."""
     daemon, old = site.daemon, site.serving
     site.settings(PROBATION[victim.phase])
     with gate(site.code.directory):
-        number = site.begin(GATED[victim.phase])
+        number = site.begin(GATED[victim.phase].replace("{server}", SERVER[service]))
         if victim.phase == "molds":
-            eventually(lambda: site.pids("mold stream", number))
+            eventually(lambda: site.pids(f"mold {service}", number))
         elif victim.phase == "probation":
-            daemon.log.wait_for(rf"^worker_ready service=stream .*\bgen={number} ")
+            daemon.log.wait_for(rf"^worker_ready service={service} .*\bgen={number} ")
         else:
-            eventually(lambda: len(site.pids("worker stream#", number)) > 1)
-        # Of the workers, one that serves: the first to be ready.
-        generation = number if victim.is_new else old
-        said = rf"^{victim.title.split()[0]}_ready service=stream .*\bgen={generation} pid=(\d+)"
-        pids = site.pids(victim.title, generation)
-        ready = [int(match[1]) for match in daemon.log.matches(said) if int(match[1]) in pids]
-        pid = (ready or pids)[0]
+            eventually(lambda: len(site.pids(f"worker {service}", number)) > 1)
+        pid = choose(site, load, victim, service, number if victim.is_new else old)
         os.kill(pid, signal.SIGKILL)
-        daemon.log.wait_for(rf"_exit service=stream .*\bpid={pid} .*SIGKILL")
+        daemon.log.wait_for(rf"_exit service={service} .*\bpid={pid} .*SIGKILL")
     verdict = site.verdict(number)
     assert verdict["result"] == victim.result
     assert victim.result == "done" or f" phase={victim.phase} " in verdict[0]
@@ -325,16 +347,17 @@ def kill_in_the_middle(site: Site, victim: Victim) -> None:
 
 def test_somebody_is_killed_in_the_middle(serve: Serve, tmp_path: Path, soak: bool) -> None:
     site = Site(serve, tmp_path, probation=0.1)
-    killed = 0
-    with Load(site.daemon, at_most=1500) as load:
+    services = islice(cycle(SERVICES), 6 if soak else 1)
+    deeds = [(victim, service) for service in services for victim in VICTIMS.values()]
+    with Load(site.daemon, deadline=5.0, at_most=1500) as load:
         load.after(100)
-        for _ in range(5 if soak else 1):
-            for victim in VICTIMS.values():
-                kill_in_the_middle(site, victim)
-                killed += victim.title.startswith("worker")
-                site.check_nobody_left(load)
+        for victim, service in deeds:
+            kill_in_the_middle(site, load, victim, service)
+            eventually(lambda: len(site.workforce) == STREAMS + DATAGRAMS, "the pools are at full strength")
+        site.check_nobody_left(load)
         report = load.stop()
-    check_losses(site.daemon, report, {"stream": killed})
+    kills = Counter(service for victim, service in deeds if victim.kind == "worker")
+    check_losses(site.daemon, report, kills, holders=sum(is_holder(*deed) for deed in deeds))
     site.check_generations(report)
 
 

@@ -132,6 +132,7 @@ class Report:
     connected: dict[str, int]
     ended: dict[str, int]
     lost: dict[str, int]
+    holders: list[int]
     open: int
     generations: dict[str, dict[str, Any]]
     details: list[dict[str, Any]]
@@ -186,11 +187,11 @@ def check_nothing_lost(daemon: Daemon, report: Report, *, with_errors: bool = Fa
         eventually(is_counted, f"all {asked} requests of {service} are counted")  # the last ones only after the answer
 
 
-def check_losses(daemon: Daemon, report: Report, kills: Mapping[str, int]) -> None:
+def check_losses(daemon: Daemon, report: Report, kills: Mapping[str, int], *, holders: int = 0) -> None:
     """So many workers of a service were killed, each with the request that it held and no other.
 
-    A worker that dies right after it has answered loses nothing, and is counted as if; one that dies right after it
-    has taken a request loses one that nobody could count.
+    ``holders``: how many held a long-lived connection for certain. A worker that dies right after it has answered loses
+    nothing, and is counted as if; one that dies right after it has taken a request loses one that nobody could count.
     """
     assert not report.wrong, report.text()
     assert not report.refused, report.text()
@@ -201,6 +202,7 @@ def check_losses(daemon: Daemon, report: Report, kills: Mapping[str, int]) -> No
         counted = outcomes(daemon, service)
         ended = counted.get("ok", 0) + counted.get("error", 0)
         assert counted.get("killed", 0) <= killed
+        assert counted.get("killed", 0) >= holders or service == "datagrams"
         assert ended + counted.get("killed", 0) <= asked
         assert report.unanswered_by(service) <= min(killed, asked - ended), report.text()
 
