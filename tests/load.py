@@ -22,6 +22,7 @@ Lines on standard input: ``report`` prints a line of JSON, ``after KIND N`` does
 """
 
 import argparse
+import errno
 import json
 import os
 import select
@@ -218,6 +219,10 @@ class Load:
             self.fail(question, "reset", str(error))
         except TimeoutError as error:
             self.fail(question, "unanswered", f"not connected in time: {error}")
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # reset already, when the sending side is ended
+                raise
+            self.fail(question, "reset", str(error))
         finally:
             self.open -= 1
 
