@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -39,6 +41,12 @@ def unprivileged() -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no ordinary user can run this Python: {error}")
     return prefix
+
+
+def preforkctl(*words: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``preforkctl WORDS`` to its end."""
+    command = [sys.executable, "-m", "preforkd.ctl", *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, cwd="/")
 
 
 class Log:
@@ -103,10 +111,15 @@ class Daemon:
     ) -> None:
         command = [*prefix, sys.executable, "-m", "preforkd", *map(str, arguments)]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFORKD_", "NOTIFY_", "JOURNAL_"))}
+        # Short, for a socket's address has 107 bytes; and a place of its own, so that no test touches the system's.
+        self.runtime = tempfile.mkdtemp(prefix="preforkd-")
+        if prefix:  # another user
+            os.chmod(self.runtime, 0o777)
+        self.environment = {**inherited, "XDG_RUNTIME_DIR": self.runtime, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             command,
             cwd=directory,
-            env={**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            env={**self.environment, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -139,6 +152,7 @@ class Daemon:
             for pipe in (self.process.stdout, self.process.stderr):
                 if pipe is not None and not self.family():
                     pipe.close()
+            shutil.rmtree(self.runtime)
 
     @property
     def pid(self) -> int:
@@ -188,6 +202,15 @@ class Daemon:
                 return answer.read()
 
     # What it says of itself.
+
+    @property
+    def control(self) -> str:
+        """The path of its control socket."""
+        return self.log.wait_for(r"^control path=(\S+)")[1]
+
+    def ctl(self, *words: object) -> subprocess.CompletedProcess[str]:
+        """What ``preforkctl WORDS`` has to say to it."""
+        return preforkctl("-s", self.control, *words, environment=self.environment)
 
     def metrics(self) -> dict[str, float]:
         """All samples of the exporter, as ``name{labels}`` with the labels sorted."""

@@ -256,7 +256,7 @@ def is_held(daemon: Daemon, number: signal.Signals) -> bool:
     ("number", "answer"),
     [
         (signal.SIGHUP, "^reload_started gen=2 services=Upper"),
-        (signal.SIGUSR2, '^upgrade result="not yet"'),
+        (signal.SIGUSR2, "^upgrade_preflight "),
         (signal.SIGUSR1, "^service service=Upper"),
         (signal.SIGTTIN, "^resized service=Upper workers=5 before=4"),
     ],

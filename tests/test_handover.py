@@ -53,12 +53,21 @@ def replace_first(daemon: Daemon, service: str) -> None:
     daemon.log.wait_for(rf"^worker_ready service={service} slot=0 ", 2)
 
 
-@pytest.mark.parametrize("service", SERVICES)
+# A class with a loop of its own.
+OWN_LOOP = """
+class Stream(TCPServer):
+    def serve_forever(self, poll_interval=0.5):
+        while True:
+            self.handle_request()
+"""
+
+
+@pytest.mark.parametrize(("service", "more"), [(SERVICES[0], ""), (SERVICES[1], ""), (SERVICES[0], OWN_LOOP)])
 def test_a_request_is_served_by_the_worker_that_it_woke_although_that_is_told_to_leave(
-    crowded_cpu: int, serve: Serve, tmp_path: Path, service: str
+    crowded_cpu: int, serve: Serve, tmp_path: Path, service: str, more: str
 ) -> None:
     code = Code(tmp_path)
-    code.deploy()
+    code.deploy(more)
     daemon = serve("-c", code.settings(streams=2, datagrams=2), environment=NO_BYTECODE)
     replace_first(daemon, service)
     (second,) = daemon.titled(f"worker {service}#1")

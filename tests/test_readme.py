@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from preforkd import exits, master, metrics, settings
+from preforkd import commands, exits, master, metrics, settings
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -13,6 +13,7 @@ TABLES = {
     "settings": settings.reference,
     "signals": master.signals_reference,
     "metrics": metrics.reference,
+    "commands": commands.reference,
     "exits": exits.reference,
 }
 

@@ -1,4 +1,5 @@
-"""``preforkd check``: import every target in a child and say what was found. Nothing is bound, nothing serves."""
+"""``preforkd check``: import every target in a child and say what was found. Nothing is bound, nothing
+serves, and no hook is run."""
 
 import os
 import select
@@ -44,8 +45,8 @@ def _check(name: str, wanted: settings.Service, addresses: Sequence[Address], ti
         return str(error)
     board = Scoreboard.create(name)
     tidy.callback(os.close, board.fd)
-    spec = spec_of(name, 1, replace(wanted, preload=True), listeners, board)
-    kind, fault = _import(Mold(spec, wanted.boot_timeout))
+    spec = spec_of(name, 1, replace(wanted, preload=True), listeners, board, is_rehearsal=True)
+    kind, fault = _import(Mold.fork(spec, wanted.boot_timeout))
     if fault is None:
         print(f"service={name} target={wanted.target} is a {kind}")  # noqa: T201
         for bound in listeners:

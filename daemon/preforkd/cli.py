@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from preforkd import __version__, log, settings
 from preforkd.exits import Exit
 from preforkd.sources import EXPORTER, Checked, Faults, Value, check, from_environment, from_file, from_pairs
+from preforkd.upgrade import VARIABLE
 from preforkd.wakeup import release
 
 SAMPLE_TARGET = "preforkd_workers.samples:Upper"
@@ -25,6 +26,16 @@ def main(arguments: Sequence[str]) -> int:
         return Exit.STOPPED
     if options.config is not None and (options.target or options.listen):
         parser.error("-c FILE names targets and addresses: give either it, or TARGET and --listen")
+    if options.command == "serve" and VARIABLE in os.environ:
+        from preforkd.serve import resume
+
+        return resume(int(os.environ.pop(VARIABLE)), lambda: _checked(options), _watched(options))
+    if options.command == "check" and options.state_fd is not None:
+        from preforkd.handover import rehearse
+
+        if refusal := rehearse(options.state_fd):
+            _complain([f"{sys.executable}, preforkd {__version__}: {refusal}; restart the daemon instead"])
+            return Exit.SYSTEM
     try:
         checked = _checked(options)
     except Faults as faults:
@@ -40,9 +51,20 @@ def main(arguments: Sequence[str]) -> int:
         return check_targets(checked)
     from preforkd.serve import serve
 
+    if options.dev:
+        from preforkd import dev
+
+        if not dev.is_possible():
+            _complain([dev.MISSING])
+            return Exit.SYSTEM
     if not (options.target or options.config):
         log.event("sample", target=SAMPLE_TARGET, advice="for your own: preforkd serve TARGET --listen URL")
-    return serve(checked, lambda: _checked(options))
+    return serve(checked, lambda: _checked(options), _watched(options))
+
+
+def _watched(options: argparse.Namespace) -> list[str] | None:
+    """The files to watch beside the sources, in dev mode; None in any other."""
+    return [options.config] * bool(options.config) if options.dev else None
 
 
 def _complain(lines: Sequence[str]) -> None:
@@ -57,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"preforkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|check|settings")
     serve = commands.add_parser("serve", help="run the services in the foreground, until a signal stops them")
+    serve.add_argument("--dev", action="store_true", help="reload when a source of the target is saved")
     checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")
+    checked.add_argument("--state-fd", type=int, help=argparse.SUPPRESS)  # from a daemon that wants to upgrade
     commands.add_parser("settings", help="print the reference of all settings")
     for command in (serve, checked):
         _add_options(command)
@@ -112,6 +136,8 @@ def _checked(options: argparse.Namespace) -> Checked:
         own += from_pairs(options.pairs)
     except Faults as wrong:
         faults += wrong.lines
+    if options.command == "serve" and options.dev:  # whoever has just saved waits for it
+        values.insert(0, Value("--dev", None, "probation", "0", is_text=True))
     return check([*values, *from_environment(os.environ), *own], name, faults)
 
 

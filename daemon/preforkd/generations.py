@@ -16,12 +16,19 @@ from preforkd.plan import KILL_TIMEOUT, Timeouts, pause
 from preforkd.pool import Pool, is_plumbing
 from preforkd.wakeup import name_of
 from preforkd_workers import protocol
+from preforkd_workers.hooks import HOOKS
 from preforkd_workers.scoreboard import Scoreboard
 from preforkd_workers.spec import Spec
 
 
 def spec_of(
-    name: str, generation: int, wanted: settings.Service, listeners: Sequence[Bound], board: Scoreboard
+    name: str,
+    generation: int,
+    wanted: settings.Service,
+    listeners: Sequence[Bound],
+    board: Scoreboard,
+    *,
+    is_rehearsal: bool = False,
 ) -> Spec:
     """What a mold is told of the service."""
     return Spec(
@@ -36,6 +43,8 @@ def spec_of(
         eof_timeout=wanted.eof_timeout,
         scoreboard=board,
         master=os.getpid(),
+        hooks={hook: name for hook in HOOKS if (name := getattr(wanted, hook))},
+        is_rehearsal=is_rehearsal,
     )
 
 
@@ -127,13 +136,18 @@ class Generation:
 
     def _fork(self) -> None:
         try:
-            self.mold = Mold(self.spec, self.settings.boot_timeout)
+            mold = Mold.fork(self.spec, self.settings.boot_timeout)
         except OSError as error:
             self._hold_back(failed=True)
             retry_in = f"{pause(self.failed_molds):.1f}s"
             log.event("mold_refused", service=self.spec.service, reason=error.strerror, retry_in=retry_in)
             return
-        self.selector.register(self.mold.channel, selectors.EVENT_READ, self.hear)
+        self.attend(mold)
+
+    def attend(self, mold: Mold) -> None:
+        """Have this mold, and listen to it."""
+        self.mold = mold
+        self.selector.register(mold.channel, selectors.EVENT_READ, self.hear)
 
     def hear(self) -> None:
         """Act on what the mold has said. Its end is told by its death, not by the end of the channel."""

@@ -5,10 +5,16 @@ import resource
 _inherited = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
-def use_all_descriptors() -> None:
-    """Raise our soft limit to the hard one (setrlimit(2))."""
-    _, hard = _inherited
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def use_all_descriptors(inherited: tuple[int, int] | None = None) -> None:
+    """Raise our soft limit to the hard one (setrlimit(2)). ``inherited``: with what a master before us was started."""
+    global _inherited
+    _inherited = (inherited[0], inherited[1]) if inherited else _inherited
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_inherited[1], _inherited[1]))
+
+
+def inherited() -> tuple[int, int]:
+    """The limit that we were started with, soft and hard."""
+    return _inherited
 
 
 def restore() -> None:

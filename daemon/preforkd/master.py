@@ -4,71 +4,86 @@ One thread, one loop, one wait. Signals change what is wanted; ``service_actions
 """
 
 import os
+import platform
 import selectors
 import signal
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from time import monotonic, time_ns
+from typing import Protocol
 
 from setproctitle import setproctitle
 
-from preforkd import log, notify
+from preforkd import __version__, commands, log, notify
+from preforkd.control import Control
 from preforkd.exits import Exit
+from preforkd.handover import Inheritance, hand_over
+from preforkd.listeners import Bound
 from preforkd.plan import Haste
-from preforkd.reload import Reload, Verdict
+from preforkd.renewals import Renewals
 from preforkd.roster import Roster
 from preforkd.settings import MOST_CHILDREN
 from preforkd.sources import Checked
-from preforkd.transaction import Phase
+from preforkd.upgrade import execute
 from preforkd.wakeup import WakeUp
 from preforkd_workers.prctl import become_subreaper
-from preforkd_workers.scoreboard import (
-    HEARTBEAT,
-    RELOAD_NS,
-    RELOADED_AT,
-    RELOADS,
-    RESULTS,
-    STARTED_AT,
-)
+from preforkd_workers.scoreboard import HEARTBEAT, STARTED_AT
 
 # How often the master shows that its loop turns, in seconds.
 HEARTBEAT_EVERY = 1.0
 
 
-@dataclass(frozen=True)
-class ReloadWanted:
-    """The reload that comes next: of these services or of all, and who is to be told how it has ended."""
+class Watcher(Protocol):
+    """A child that is no worker and no mold."""
 
-    only: frozenset[str] | None
-    tell: list[Callable[[Verdict], None]] = field(default_factory=list)
+    def reap(self, pid: int) -> bool: ...
+    def stop(self) -> None: ...
 
 
 class Master:
     """Serves what is on the roster until nothing is wanted and nobody is left.
 
-    ``read`` gives the settings as they are now, for a reload; it raises Faults.
+    ``read`` gives the settings as they are now, for a reload; it raises Faults. ``control`` is the
+    control socket, if there is one.
     """
 
-    def __init__(self, roster: Roster, selector: selectors.BaseSelector, read: Callable[[], Checked]) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        selector: selectors.BaseSelector,
+        read: Callable[[], Checked],
+        control: Bound | None,
+    ) -> None:
         self.roster = roster
         self.selector = selector
-        self.read = read
+        self.renewals = Renewals(roster, selector, read, lambda: self.write_state()[0], self.hand_over)
+        self.control_listener = control
+        listener = control.listener.socket if control else None
+        self.control = Control(listener, selector, lambda request: commands.answer(self, request))
+        self.watcher: Watcher | None = None  # in dev mode
         self.started = monotonic()
         self.is_ready = False
         self.is_stopping = False
+        self.sizes_before_drain: dict[str, int] = {}
         self.next_heartbeat = 0.0
         self.exit = Exit.STOPPED
-        self.reloading: Reload | None = None
-        self.reload_wanted: ReloadWanted | None = None
-        self.tell: list[Callable[[Verdict], None]] = []  # how the reload ends
-        self.verdict: Verdict | None = None  # of the last reload
         self.wakeup = WakeUp(SIGNALS)
         selector.register(self.wakeup, selectors.EVENT_READ, self.answer_signals)
         become_subreaper()
-        setproctitle(f"preforkd: master {roster.board.name}")
-        roster.board.daemon[STARTED_AT] = time_ns()
+        setproctitle(f"preforkd: master {self.name}")
+        roster.board.daemon[STARTED_AT] = roster.board.daemon[STARTED_AT] or time_ns()
+
+    def resume(self, inherited: Inheritance) -> None:
+        """Go on for a master before us under our pid."""
+        self.is_ready, self.started = True, inherited.started
+        self.sizes_before_drain = inherited.sizes_before_drain
+        self.renewals.resume(inherited.release)
+        self.reap()
+
+    @property
+    def name(self) -> str:
+        return self.roster.board.name
 
     # The loop.
 
@@ -97,15 +112,16 @@ class Master:
             self.stop(Haste.KILL)
         elif not self.is_ready and all(service.pool.is_full for service in self.roster):
             self.announce()
-        self.settle_reload()
+        self.renewals.settle(may_begin=self.is_ready and not self.is_stopping)
         if monotonic() >= self.next_heartbeat:
             self.beat()
+        self.control.settle()
 
     def patience(self) -> float:
         """Until the earliest deadline, in seconds."""
         if self.is_stopping and not self.is_waited_for:
             return 0.0
-        times = [self.next_heartbeat, self.reloading.wake_at() if self.reloading else float("inf")]
+        times = [self.next_heartbeat, self.renewals.wake_at(), self.control.wake_at()]
         return max(0.0, min(*times, *(service.wake_at() for service in self.roster)) - monotonic())
 
     @property
@@ -146,49 +162,6 @@ class Master:
         for service in self.roster:
             service.sample_listeners()
 
-    # The reload.
-
-    def ask_for_reload(self, only: str | None = None, tell: Callable[[Verdict], None] | None = None) -> None:
-        """Want a reload, of one service or of all. While there is one, the next begins when it has ended."""
-        wanted = self.reload_wanted or ReloadWanted(frozenset() if only else None)
-        names = None if only is None or wanted.only is None else wanted.only | {only}
-        self.reload_wanted = ReloadWanted(names, [*wanted.tell, *([tell] if tell else [])])
-
-    def settle_reload(self) -> None:
-        """Begin with the reload that is wanted, take it on, and say how it has ended."""
-        if self.reloading is None and self.reload_wanted is not None and self.is_ready and not self.is_stopping:
-            wanted, self.reload_wanted = self.reload_wanted, None
-            self.tell = wanted.tell
-            self.reloading = Reload(self.roster, self.read, wanted.only)
-            self.roster.settle()
-        if self.reloading is None:
-            return
-        self.reloading.settle()
-        verdict = self.reloading.verdict
-        if verdict is not None:
-            self.reloading = None
-            self.conclude(verdict)
-        self.roster.settle()
-
-    def conclude(self, verdict: Verdict) -> None:
-        """Say how a reload has ended: to the log, to the scoreboard, and to those who asked for it."""
-        self.verdict = verdict
-        result, daemon = verdict.result, self.roster.board.daemon
-        fields: dict[str, object] = {"gen": verdict.generation, "seconds": verdict.seconds}
-        if result is not Phase.DONE and verdict.failed_in is not None:
-            first, *more = verdict.reason.splitlines() or [""]
-            fields |= {"phase": verdict.failed_in.value, "reason": more[-1] if more else first}
-            if more:
-                log.text("reload", verdict.reason)
-        log.event(f"reload_{result.value}", **fields)
-        if result.value in RESULTS:
-            daemon[RELOADS + RESULTS.index(result.value)] += 1
-        daemon[RELOAD_NS] = int(verdict.seconds * 1e9)
-        if result is Phase.DONE:
-            daemon[RELOADED_AT] = time_ns()
-        for tell in self.tell:
-            tell(verdict)
-
     # Children that have died.
 
     def reap(self) -> None:
@@ -199,7 +172,8 @@ class Master:
         for service in self.roster:
             service.hear_molds()
         while (pid := _next_dead_child()) is not None:
-            if not any(service.reap(pid) for service in self.roster):
+            known = any(service.reap(pid) for service in self.roster) or self.renewals.reap(pid)
+            if not known and not (self.watcher is not None and self.watcher.reap(pid)):
                 _, status = os.waitpid(pid, 0)
                 log.event("stranger_reaped", pid=pid, status=os.waitstatus_to_exitcode(status))
 
@@ -223,9 +197,7 @@ class Master:
         if not self.is_stopping:
             notify.systemd("STOPPING=1")
         self.is_stopping = True
-        if self.reloading is not None:
-            self.reloading.stop()
-            self.settle_reload()
+        self.renewals.stop()
         for service in self.roster:
             service.pool.hurry(haste)
             if service is not self.roster.exporter or not self.is_ready:
@@ -233,11 +205,22 @@ class Master:
 
     def reload(self) -> None:
         """Reload settings and code: the new generation takes over if it proves itself, else the old one goes on."""
-        self.ask_for_reload()
+        self.renewals.ask_for_reload()
 
     def upgrade(self) -> None:
-        """Upgrade: not yet."""
-        log.event("upgrade", result="not yet")
+        """Upgrade: what is installed now takes over under the same pid, if it proves that it starts; then reload."""
+        self.renewals.ask_for_upgrade()
+
+    def hand_over(self, python: str) -> str:
+        """Become another program. Returns only if the system refuses, and why."""
+        log.event("handing_over", python=python)
+        if self.watcher is not None:
+            self.watcher.stop()
+        return f"{python}: {execute(python, *self.write_state(), SIGNALS).strerror}"
+
+    def write_state(self) -> tuple[int, list[int]]:
+        """What a successor needs to know, as a descriptor, and the descriptors that it needs, that one among them."""
+        return hand_over(self.roster, self.control_listener, self.started, self.sizes_before_drain)
 
     def dump(self) -> None:
         """Write the state of every lane and the stacks of every worker to the log."""
@@ -252,11 +235,47 @@ class Master:
         """One worker less for each service, down to one."""
         self.resize(-1)
 
+    def drain_or_refill(self) -> None:
+        """Have all workers finish and leave, but stay. A second time: have workers again. Not in a terminal."""
+        if _has_terminal():  # whose window has changed: that is what it sends the signal for
+            return
+        if self.is_drained:
+            self.refill()
+        elif self.is_ready:
+            self.drain_workers()
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether no workers are wanted for the time being."""
+        return bool(self.sizes_before_drain)
+
+    def drain_workers(self) -> None:
+        """Want no workers until further notice, but the exporter's."""
+        if self.is_stopping or self.is_drained:
+            return
+        log.event("draining")
+        self.sizes_before_drain = {service.name: service.pool.size for service in self.roster.targets}
+        for service in self.roster.targets:
+            service.pool.resize(0)
+
+    def refill(self) -> None:
+        """Want as many workers as before the drain."""
+        if self.is_stopping:
+            return
+        log.event("refilling")
+        sizes, self.sizes_before_drain = self.sizes_before_drain, {}
+        for service in self.roster.targets:
+            service.pool.resize(sizes.get(service.name, service.pool.size))
+
     def resize(self, by: int) -> None:
-        for service in self.roster.targets if not self.is_stopping else ():
+        for service in self.roster.targets if not (self.is_stopping or self.is_drained) else ():
             size = min(max(service.pool.size + by, 1), MOST_CHILDREN)
             log.event("resized", service=service.name, workers=size, before=service.pool.size)
             service.pool.resize(size)
+
+    def identity(self) -> dict[str, object]:
+        """Who we are, for whoever asks over the control socket."""
+        return {"name": self.name, "pid": os.getpid(), "version": __version__, "python": platform.python_version()}
 
 
 SIGNALS: Mapping[signal.Signals, Callable[[Master], None]] = {
@@ -268,6 +287,7 @@ SIGNALS: Mapping[signal.Signals, Callable[[Master], None]] = {
     signal.SIGUSR2: Master.upgrade,
     signal.SIGTTIN: Master.more,
     signal.SIGTTOU: Master.fewer,
+    signal.SIGWINCH: Master.drain_or_refill,
     signal.SIGCHLD: Master.reap,
 }
 
@@ -276,6 +296,15 @@ def signals_reference() -> str:
     """The table of signals as README shows it."""
     rows = [f"| `{number.name}` | {(do.__doc__ or '').splitlines()[0]} |" for number, do in SIGNALS.items()]
     return "\n".join(["| signal | meaning |", "| --- | --- |", *rows])
+
+
+def _has_terminal() -> bool:
+    """Whether there is a terminal that controls this process (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _next_dead_child() -> int | None:

@@ -6,34 +6,45 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
+from typing import Self
 
 from preforkd import limits
 from preforkd.wakeup import held
 from preforkd_workers import protocol
 from preforkd_workers.spec import Spec
 
+# Descriptors that every mold keeps, and its workers with it, beside those that it needs: dev mode's.
+KEPT: set[int] = set()
+
 
 class Mold:
     """One mold, from its fork to its end."""
 
-    def __init__(self, spec: Spec, boot_timeout: float) -> None:
+    def __init__(self, pid: int, channel: socket.socket, born: float, deadline: float) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.born = born
+        self.deadline = deadline  # of the step that it is at: ready, or dead after a signal
         self.ready = False
-        self.born = monotonic()
-        self.deadline = self.born + boot_timeout  # of the step that it is at: ready, or dead after a signal
         self.cause: str | None = None  # why it was killed, if it was
         self.is_mute = False  # its end of the channel is closed
         self.stack = ""  # what faulthandler has written when it was killed
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    @classmethod
+    def fork(cls, spec: Spec, boot_timeout: float) -> Self:
+        """Fork a mold. Raises OSError when the system refuses."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.channel.setblocking(False)
+            ours.setblocking(False)
             try:
                 with held(signal.valid_signals()):
-                    self.pid = os.fork()
-                    if self.pid == 0:
+                    pid = os.fork()
+                    if pid == 0:
                         _become_mold(spec, theirs)
             except OSError:
-                self.channel.close()
+                ours.close()
                 raise
+        return cls(pid, ours, monotonic(), monotonic() + boot_timeout)
 
     def ask(self, serial: int, slot: int, row_at: int, end: socket.socket) -> None:
         """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""
@@ -73,7 +84,7 @@ def _become_mold(spec: Spec, channel: socket.socket) -> None:
     """In the child: let go of all that is the master's, and never come back."""
     try:
         keep = {0, 1, 2, channel.fileno(), spec.scoreboard.fd, *(each.socket.fileno() for each in spec.listeners)}
-        _close_all_but(keep)
+        close_all_but(keep | KEPT)
         limits.restore()
         channel.setblocking(True)
         from preforkd_workers import mold  # here and not above: the master does without socketserver
@@ -83,7 +94,7 @@ def _become_mold(spec: Spec, channel: socket.socket) -> None:
         os._exit(1)
 
 
-def _close_all_but(keep: Iterable[int]) -> None:
+def close_all_but(keep: Iterable[int]) -> None:
     """Close every descriptor of this process but these: listeners of others, lifelines, the selector's epoll."""
     for number in map(int, os.listdir("/proc/self/fd")):
         if number not in keep:

@@ -178,7 +178,7 @@ class Pool:
                     child.send(END_OF_FILE)
                     self._log("end_of_file", child)
                 case Kill(Child() as child, cause):
-                    self._kill(child, cause)
+                    self.kill(child, cause)
 
     def _spawn(self, slot: int, generation: int) -> None:
         try:
@@ -202,6 +202,20 @@ class Pool:
             self.spawned(child.serial, pid)
         return None
 
+    def adopt(self, child: Child, next_serial: int) -> None:
+        """Have this child of a master before us under the same pid, whose serials end before ``next_serial``."""
+        self.children[child.slot] = child
+        self.serials = count(next_serial)
+        if not child.is_mute:
+            self.selector.register(child.lifeline, selectors.EVENT_READ, lambda: self._hear(child))
+        self._watch(child)
+
+    def _watch(self, child: Child) -> None:
+        with suppress(OSError):  # out of descriptors: its end is told by that of the lifeline
+            if child.pid is not None:
+                child.pidfd = os.pidfd_open(child.pid)
+                self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.bury(child))
+
     def _is_on_the_books(self, child: Child) -> bool:
         """Whether the child is still ours: what a selector reports at a time may concern one that was just buried."""
         return self.children.get(child.slot) is child
@@ -216,9 +230,7 @@ class Pool:
             return
         child.pid = pid
         self.board.words[SPAWNS] += 1
-        with suppress(OSError):  # out of descriptors: its end is told by that of the lifeline
-            child.pidfd = os.pidfd_open(pid)
-            self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.bury(child))
+        self._watch(child)
         if child.state is State.DRAINING:  # told before anybody knew its pid
             child.send(DRAIN)
 
@@ -237,7 +249,7 @@ class Pool:
         where = {"service": self.name, "slot": slot, "gen": generation}
         self.journal.event("spawn_refused", **where, reason=reason, retry_in=wait, advice=advice)
 
-    def _kill(self, child: Child, cause: str) -> None:
+    def kill(self, child: Child, cause: str) -> None:
         """First a signal that leaves the stacks (faulthandler), then the one that nothing withstands."""
         number = signal.SIGKILL if child.state is State.KILLED else signal.SIGABRT
         self._log("kill", child, cause=cause, signal=number.name, busy=child.busy)

@@ -49,10 +49,16 @@ class Service:
 
     def load(self, number: int, wanted: settings.Service, listeners: Sequence[Bound]) -> None:
         """Begin with the next generation: its mold is forked as soon as the service is settled."""
-        spec = spec_of(self.name, number, wanted, listeners, self.scoreboard)
-        self.next = self.generations[number] = Generation(number, wanted, listeners, spec, self.pool, self.selector)
+        self.next = self.restore(number, wanted, listeners)
         self.wanted_before = self.pool.wanted
         self._list_listeners()
+
+    def restore(self, number: int, wanted: settings.Service, listeners: Sequence[Bound]) -> Generation:
+        """Have the record of a generation, with a mold or without."""
+        spec = spec_of(self.name, number, wanted, listeners, self.scoreboard)
+        generation = Generation(number, wanted, listeners, spec, self.pool, self.selector)
+        self.generations[number] = generation
+        return generation
 
     def has_loaded(self) -> Event | None:
         """Whether the mold of the next generation is ready, or has failed."""
@@ -79,7 +85,7 @@ class Service:
         wanted, size, old = self.newest.settings, self.newest.settings.max_children, self.pool.draining()
         if self.current is not None:
             old = sorted({*old, self.current.number})
-            if self._has_size_of(self.current):
+            if self._has_size_of(self.current) or not self.pool.size:
                 size = self.pool.size
         self.pool.timeouts = self.newest.timeouts
         self.pool.want(
@@ -146,6 +152,11 @@ class Service:
         self.current = self.next = self.trial = None
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether it was stopped."""
+        return self.current is None and self.next is None
+
+    @property
     def is_gone(self) -> bool:
         """Whether nothing is left of a service that was stopped."""
         return not self.generations and not self.pool.children
@@ -183,7 +194,7 @@ class Service:
         """Write the state of every lane, and all stacks, to the log."""
         for each in self.generations.values():
             log.event("mold", service=self.name, gen=each.number, pid=each.mold and each.mold.pid, ready=each.ready)
-        log.event("service", service=self.name, gen=self.pool.wanted.generation, workers=self.pool.size)
+        log.event("service", service=self.name, workers=self.pool.size, gen=self.pool.wanted.generation)
         self.pool.dump()
 
 

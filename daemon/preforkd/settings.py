@@ -86,6 +86,12 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         Meta(ge=0, le=1, description="more errors than this, and than twice the old workers', and it has failed"),
     ] = 0.1
+    on_mold: Annotated[
+        str, Meta(description="hook, `name` in the target's module or `module:name`: after the import, `f(server)`")
+    ] = ""
+    on_worker_start: Annotated[str, Meta(description="hook: in a worker before it serves, `f(server, slot)`")] = ""
+    on_drain: Annotated[str, Meta(description="hook: in a worker when it is told to drain, `f(server)`")] = ""
+    on_worker_stop: Annotated[str, Meta(description="hook: in a worker after its last request, `f(server)`")] = ""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,7 +108,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metrics: Annotated[
         str, Meta(description="address of the exporter, `/metrics`, `/healthz`, `/readyz`; empty: none")
     ] = ""
-    control: Annotated[str, Meta(description="path of the control socket; not used yet", extra=_NEEDS_RESTART)] = ""
+    control: Annotated[
+        str,
+        Meta(description="path of the control socket; empty: in the runtime directory", extra=_NEEDS_RESTART),
+    ] = ""
     ready_fd: Annotated[
         int,
         Meta(

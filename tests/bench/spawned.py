@@ -99,7 +99,7 @@ class Spawned:
 def environment(bytecode: str) -> dict[str, str]:
     """Ours, without what would set up a server behind our back; modules are compiled once for every side."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
-    return kept | {"PYTHONPYCACHEPREFIX": bytecode}
+    return kept | {"PYTHONPYCACHEPREFIX": bytecode, "XDG_RUNTIME_DIR": bytecode}
 
 
 def pidfd(pid: int) -> int | None:

@@ -209,7 +209,9 @@ class Lane:
         self.lifeline = lifeline
         self.tally = tally
         self.draining = False
+        self.on_drain: list[Callable[[], None]] = []  # what to call then, once
         self._starved_notice = 0.0
+        self._turns: list[Turn] = []
 
     def drain(self) -> None:
         """Take nothing new, and wake whoever waits: our own end of the lifeline reads end-of-file from now on."""
@@ -218,19 +220,20 @@ class Lane:
         for server in self.servers:
             server.draining = True
         self.lifeline.let_go()
+        try:
+            call = self.on_drain.pop()  # in one step: a signal handler may come by here at the same time
+        except IndexError:
+            return
+        call()
 
     def run(self, poll_interval: float | None) -> None:
         """Serve until told to drain. ``poll_interval``, in seconds, is the rhythm of ``service_actions``."""
         for server in self.servers:
             if server.socket.type == socket.SOCK_STREAM:
                 server.socket.setblocking(False)  # as the master has made it; a class may have thought otherwise
-        turns = [turn_of(server, self.tally) for server in self.servers]
+        turns = self.turns()
         actions = [s.service_actions for s in self.servers if _overrides(s, BaseServer, "service_actions")]
-        with select.epoll() as epoll:
-            # Every lane waits on the same listeners: one connection is to wake one lane (epoll_ctl(2), EPOLLEXCLUSIVE).
-            for server in self.servers:
-                epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            epoll.register(self.lifeline.fileno(), select.EPOLLIN)
+        with self.poll() as epoll:
             patience = poll_interval if actions else None
             woken = False  # for a request, and no other lane was: even a lane that drains has to take that
             while woken or not self.draining:
@@ -238,14 +241,28 @@ class Lane:
                     took_any = self._take(turns, actions)
                 except Starved as error:
                     woken = False
-                    self._hold_back(error)
+                    self.hold_back(error)
                     continue
-                woken = not self.draining and self._wait(epoll, 0 if took_any else patience) and not took_any
+                woken = not self.draining and self.wait(epoll, 0 if took_any else patience) and not took_any
                 for act in actions:
                     act()
 
-    def _wait(self, epoll: select.epoll, patience: float | None) -> bool:
-        """Wait until there is a request, or the lifeline ends; whether there is a request."""
+    def turns(self) -> list[Turn]:
+        """The turn of each server, made once: the general one puts probes into its server."""
+        self._turns = self._turns or [turn_of(server, self.tally) for server in self.servers]
+        return self._turns
+
+    def poll(self) -> select.epoll:
+        """What to wait with: for something to take, or for the end of the lifeline."""
+        epoll = select.epoll()
+        # Every lane waits on the same listeners: one connection is to wake one lane (epoll_ctl(2), EPOLLEXCLUSIVE).
+        for server in self.servers:
+            epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        epoll.register(self.lifeline.fileno(), select.EPOLLIN)
+        return epoll
+
+    def wait(self, epoll: select.epoll, patience: float | None) -> bool:
+        """Wait for as many seconds; drain if the lifeline says so. Whether there is a request, which woke no other."""
         readable = {descriptor for descriptor, _ in epoll.poll(patience)}
         if self.lifeline.fileno() in readable:
             self.drain()
@@ -263,7 +280,7 @@ class Lane:
                 act()
         return True
 
-    def _hold_back(self, error: Starved) -> None:
+    def hold_back(self, error: Starved) -> None:
         """Leave the listeners alone for a moment, but not the lifeline."""
         if monotonic() >= self._starved_notice:
             self._starved_notice = monotonic() + STARVED_NOTICE

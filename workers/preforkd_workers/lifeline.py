@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import sys
 from contextlib import suppress
 
 from preforkd_workers import prctl
@@ -41,6 +42,12 @@ class Lifeline:
         """Have the master log an event. Never waits: a notice that does not fit is dropped."""
         self._say(f"{NOTICE} {json.dumps([event, fields])}\n")
 
+    def text(self, lines: str) -> None:
+        """Have the master log text of many lines, or write it ourselves when there is no master any more."""
+        if not self._say(f"{lines}\n"):
+            with suppress(OSError, ValueError, AttributeError):  # nobody reads the log
+                print(lines, file=sys.stderr, flush=True)  # noqa: T201 - the worker's part of the daemon's log
+
     def leaving(self) -> None:
         """Say that this worker drains: if it was not the master who told it so, that is news."""
         self._say(f"{LEAVING}\n")
@@ -54,9 +61,12 @@ class Lifeline:
         with suppress(OSError):  # not connected any more: the master is gone
             self._end.shutdown(socket.SHUT_RD)
 
-    def _say(self, text: str) -> None:
-        with suppress(BrokenPipeError, BlockingIOError, ConnectionResetError):  # nobody listens, or not now
+    def _say(self, text: str) -> bool:
+        """Say it if somebody listens, and now: whether that was so."""
+        with suppress(BrokenPipeError, BlockingIOError, ConnectionResetError):
             self._end.send(text.encode(errors="backslashreplace"), socket.MSG_DONTWAIT)
+            return True
+        return False
 
 
 def be_adopted(master: int, middle: int) -> None:

@@ -5,25 +5,25 @@ It stays single-threaded, serves nobody, and is gone as soon as its master is.
 
 import faulthandler
 import gc
-import importlib
 import json
 import os
 import signal
 import socket
 import sys
 import threading
-import traceback
 from contextlib import suppress
 from typing import NoReturn
 
 from setproctitle import setproctitle
 
 from preforkd_workers import prctl, process, protocol
+from preforkd_workers.explanation import explain
+from preforkd_workers.hooks import ON_MOLD, ON_WORKER_START
 from preforkd_workers.lifeline import Lifeline, be_adopted
 from preforkd_workers.process import Worker
 from preforkd_workers.protocol import FAILED, NOTICE, READY, REFUSED, SPAWNED
 from preforkd_workers.spec import Spec
-from preforkd_workers.target import Target, TargetError, build
+from preforkd_workers.target import Target, build
 
 
 def run(spec: Spec, channel: socket.socket) -> NoReturn:
@@ -117,7 +117,10 @@ class Mold:
             sys.exit(1)
         for server in target.servers:
             server.scoreboard = spec.scoreboard  # type: ignore[attr-defined]
-        worker = Worker(target.servers, lifeline, row, orphan_timeout=spec.graceful_timeout + spec.eof_timeout)
+        if not self._start(target, slot, lifeline):
+            sys.exit(1)
+        timeout = spec.graceful_timeout + spec.eof_timeout
+        worker = Worker(target.servers, lifeline, row, orphan_timeout=timeout, hooks=target.hooks)
         process.open_for_service(row, lifeline)
         worker.serve()
 
@@ -130,10 +133,24 @@ class Mold:
             return None
 
     def _build(self) -> Target:
-        """Import and construct; then forget what the import has done with signals."""
+        """Import, construct and run ``on_mold``; then forget what the target has done with signals."""
         target = build(self.spec)
+        if not self.spec.is_rehearsal:
+            target.hooks.run(ON_MOLD, target.servers)
         process.reset_signals()
         return target
+
+    def _start(self, target: Target, slot: int, lifeline: Lifeline) -> bool:
+        """Run ``on_worker_start``. Whether nothing went wrong."""
+        try:
+            target.hooks.run(ON_WORKER_START, target.servers, slot)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            lifeline.failed(explain(error))
+            return False
+        if self.target is None or ON_WORKER_START in target.hooks:  # the target's own code has run in this process
+            process.reset_signals()
+            process.report_stacks(lifeline)
+        return True
 
     def _tell(self, text: str) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # the master is gone; the next receive says so
@@ -146,25 +163,6 @@ def _wait_for(child: int) -> int:
         return os.waitpid(child, 0)[1]
     except ChildProcessError:
         return 0
-
-
-def explain(error: BaseException) -> str:
-    """What went wrong in a target: our own faults in a sentence, the target's with its traceback, less our frames."""
-    if isinstance(error, TargetError):
-        return str(error)
-    where = error.__traceback__
-    while where is not None and _is_ours(where.tb_frame.f_code.co_filename):
-        where = where.tb_next
-    text = "".join(traceback.format_exception(type(error), error, where)).rstrip()
-    return f"{text}\n(it must not exit while it is imported)" if isinstance(error, SystemExit) else text
-
-
-def _is_ours(filename: str) -> bool:
-    return (
-        os.path.dirname(filename) == os.path.dirname(__file__)
-        or filename.startswith("<frozen importlib")
-        or filename == importlib.__file__
-    )
 
 
 def hazards(target: Target) -> list[tuple[str, dict[str, object]]]:

@@ -8,16 +8,20 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from socketserver import BaseServer, ThreadingMixIn
+from socketserver import BaseServer, ForkingMixIn, ThreadingMixIn
 from typing import Any, NoReturn
 
+from preforkd_workers.explanation import explain
+from preforkd_workers.hooks import ON_DRAIN, ON_WORKER_STOP, Hooks
 from preforkd_workers.lane import Lane
 from preforkd_workers.lifeline import Lifeline
-from preforkd_workers.protocol import DRAIN, END_OF_FILE, STACKS
+from preforkd_workers.protocol import DRAIN, END_OF_FILE, STACKS, shorten
 from preforkd_workers.scoreboard import PID, ROW_GENERATION, SERVING, STARTING, STATE, blank_row
+from preforkd_workers.single import Drained, Single
 from preforkd_workers.tally import Tally, ThreadedTally
 
 # What a terminal sends to the whole process group is for the master to act on. A handler that does nothing, not
@@ -28,12 +32,22 @@ MASTERS_OWN = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGWINCH)
 class Worker:
     """A lane, and the signals by which it is told what to do when it is busy."""
 
-    def __init__(self, servers: list[BaseServer], lifeline: Lifeline, row: memoryview, orphan_timeout: float) -> None:
+    def __init__(
+        self,
+        servers: list[BaseServer],
+        lifeline: Lifeline,
+        row: memoryview,
+        orphan_timeout: float,
+        hooks: Hooks | None = None,
+    ) -> None:
         self.parent = os.getppid()
+        self.hooks = hooks or Hooks()
         self.orphan_timeout = orphan_timeout
         threaded = any(isinstance(server, ThreadingMixIn) for server in servers)
         self.tally = ThreadedTally(row) if threaded else Tally(row)
         self.lane = Lane(servers, lifeline, self.tally)
+        if ON_DRAIN in self.hooks:
+            self.lane.on_drain.append(lambda: self._tell(ON_DRAIN))
         for server in servers:
             server.draining = False  # type: ignore[attr-defined]
         os.register_at_fork(after_in_child=self._be_a_copy)
@@ -44,9 +58,13 @@ class Worker:
         """In a child that a handler forks: the row and the requests to come are not its own."""
         self.tally.row = blank_row()
         self.lane.draining = True
+        self.hooks = Hooks()
 
     def drain(self) -> None:
         """Step one: take nothing new and finish what is held. Without a parent who would limit that, do it here."""
+        if self.lane.on_drain and threading.current_thread() is not threading.main_thread():
+            os.kill(os.getpid(), DRAIN)  # a hook is to run in the main thread: it answers
+            return
         self.lane.lifeline.leaving()
         self.lane.drain()
         if os.getppid() != self.parent:
@@ -61,21 +79,43 @@ class Worker:
 
     def serve(self) -> None:
         """Run ``serve_forever`` of each server around the lane, then close them and wait for their threads."""
-        _take_over(self.lane.servers, self.lane.run, self.drain)
-        self.lane.servers[0].serve_forever()
+        _take_over(self.lane, self.drain)
+        with suppress(Drained):
+            self.lane.servers[0].serve_forever()
+        if ON_WORKER_STOP in self.hooks:
+            for server in self.lane.servers:
+                _finish_requests(server)
+            self.tally.wait()
+            self._tell(ON_WORKER_STOP)
         for server in self.lane.servers:
             server.server_close()
         self.tally.wait()
 
+    def _tell(self, setting: str) -> None:
+        """Run a hook that cannot stop a stop: what it raises is logged, and that is all."""
+        for error in self.hooks.faults(setting, self.lane.servers):
+            self.lane.lifeline.notice("hook_failed", hook=setting)
+            self.lane.lifeline.text(shorten(explain(error)))
 
-def _take_over(servers: list[Any], run: Callable[[float], None], stop: Callable[[], None]) -> None:
+
+def _finish_requests(server: Any) -> None:
+    """Wait for what a server has handed to threads or children of its own, as its ``server_close`` will."""
+    match server:
+        case ThreadingMixIn():
+            server._threads.join()  # type: ignore[attr-defined]
+        case ForkingMixIn():
+            server.collect_children(blocking=server.block_on_close)
+
+
+def _take_over(lane: Lane, stop: Callable[[], None]) -> None:
     """Put the lane where socketserver has its loop, below whatever a class has put around it.
 
     With several servers, the loop of each runs within that of the one before: what a class does before and after its
-    ``super().serve_forever()`` is done for every server. Servers of the target's own, a metrics page in a thread, say,
-    are left alone.
+    ``super().serve_forever()`` is done for every server. A class with a loop of its own over ``handle_request()`` finds
+    one turn of the lane there. Servers of the target's own, a metrics page in a thread, say, are left alone.
     """
-    their_loop, their_shutdown = BaseServer.serve_forever, BaseServer.shutdown
+    servers, single = lane.servers, Single(lane)
+    their_loop, their_shutdown, their_turn = BaseServer.serve_forever, BaseServer.shutdown, BaseServer.handle_request
 
     def serve_forever(self: BaseServer, poll_interval: float = 0.5) -> None:
         position = next((index for index, server in enumerate(servers) if server is self), None)
@@ -84,7 +124,14 @@ def _take_over(servers: list[Any], run: Callable[[float], None], stop: Callable[
         elif position + 1 < len(servers):
             servers[position + 1].serve_forever(poll_interval)
         else:
-            run(poll_interval)
+            lane.run(poll_interval)
+
+    def handle_request(self: BaseServer) -> None:
+        is_ours = any(server is self for server in servers)
+        if is_ours and threading.current_thread() is threading.main_thread():
+            single.handle_request(self)
+        else:
+            their_turn(self)
 
     def shutdown(self: BaseServer) -> None:
         if any(server is self for server in servers):
@@ -93,12 +140,14 @@ def _take_over(servers: list[Any], run: Callable[[float], None], stop: Callable[
             their_shutdown(self)
 
     BaseServer.serve_forever = serve_forever  # type: ignore[method-assign]
+    BaseServer.handle_request = handle_request  # type: ignore[method-assign]
     BaseServer.shutdown = shutdown  # type: ignore[method-assign]
 
 
 def reset_signals() -> None:
     """Forget the wake-up pipe and the answers of whoever forked us. Call with the signals held."""
     signal.set_wakeup_fd(-1)
+    faulthandler.unregister(STACKS)
     for number in MASTERS_OWN:
         signal.signal(number, lambda *_: None)
     for number in (DRAIN, END_OF_FILE, STACKS, signal.SIGCHLD, signal.SIGTTIN, signal.SIGTTOU):

@@ -1,7 +1,8 @@
 """What a mold is told of the service whose workers it forks."""
 
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from preforkd_workers.scoreboard import Scoreboard
 
@@ -29,3 +30,5 @@ class Spec:
     eof_timeout: float
     scoreboard: Scoreboard
     master: int  # its pid
+    hooks: Mapping[str, str] = field(default_factory=dict)  # by setting: the names of those that there are
+    is_rehearsal: bool = False  # find everything, but run no hook

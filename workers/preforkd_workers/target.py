@@ -23,6 +23,8 @@ from types import ModuleType
 from typing import Any
 
 from preforkd_workers.adoption import AdoptableSocket, adoption, protect
+from preforkd_workers.explanation import TargetError
+from preforkd_workers.hooks import Hook, Hooks
 from preforkd_workers.spec import Listener, Spec
 
 # The server class for a bare handler.
@@ -38,16 +40,13 @@ _SERVER_CLASSES: dict[tuple[int, int], type[TCPServer]] = {
 _WANTED = "want a request handler class, a server class, a server instance, or a factory f(address) -> server"
 
 
-class TargetError(Exception):
-    """The target cannot be served; the message says what, where and what to do."""
-
-
 @dataclass(frozen=True)
 class Target:
-    """Server objects, one per listener, and what kind of thing they were made from."""
+    """Server objects, one per listener, what kind of thing they were made from, and the hooks beside it."""
 
     kind: str
     servers: list[BaseServer]
+    hooks: Hooks
 
     def mixes_in(self) -> str | None:
         """The mixin by which the servers hand requests to threads or children of their own, if they do."""
@@ -66,6 +65,7 @@ def build(spec: Spec) -> Target:
     with adoption(spec.listeners):
         found = load(spec.target)
     handler = None if spec.handler is None else load(spec.handler)
+    hooks = Hooks({setting: _find_hook(spec.target, setting, name) for setting, name in spec.hooks.items()})
     if isinstance(found, BaseServer) and len(spec.listeners) > 1:
         raise TargetError(
             f"{spec.target} is one server instance and has one socket, not {len(spec.listeners)} listeners"
@@ -74,9 +74,23 @@ def build(spec: Spec) -> Target:
     servers = [_construct(spec.target, found, handler, listener) for listener in spec.listeners]
     for server, listener in zip(servers, spec.listeners, strict=True):
         listener.socket.close()  # the server has a copy
+        server.draining = False  # type: ignore[attr-defined]
         if spec.max_packet_size:
             server.max_packet_size = spec.max_packet_size  # type: ignore[attr-defined]
-    return Target(kind, servers)
+    return Target(kind, servers, hooks)
+
+
+def _find_hook(target: str, setting: str, name: str) -> Hook:
+    """A hook by its name in the target's own module, or by a name such as the target's."""
+    own = target.rpartition(":")[0]
+    try:
+        found = load(name if ":" in name else f"{own}:{name}")
+    except TargetError as error:
+        raise TargetError(f"{setting}: {error}") from None
+    if not callable(found):
+        raise TargetError(f"{setting}: {name} is {_describe(found)}; want a function")
+    hook: Hook = found
+    return hook
 
 
 def load(name: str) -> Any:

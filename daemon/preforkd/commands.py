@@ -1,0 +1,404 @@
+"""The commands of the control socket, declared once. README's table, preforkctl and its completion are made from here.
+
+Each is a function of the master and the request, and never waits: what takes time is answered later.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from preforkd import log
+from preforkd.plan import KILL_TIMEOUT, Haste, State
+from preforkd_workers.protocol import STACKS
+
+if TYPE_CHECKING:
+    from preforkd.children import Child
+    from preforkd.control import Request
+    from preforkd.master import Master
+    from preforkd.renewals import Outcome, Tell
+    from preforkd.service import Service
+
+# For all stacks to arrive, and how long the workers must have been quiet to have said all; seconds.
+STACKS_TIMEOUT = 2.0
+QUIET = 0.2
+
+# For the last worker to be buried when it should have been killed already; seconds.
+BURIAL = 5.0
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a command may be given: a key of the request, and a word or a flag of preforkctl."""
+
+    name: str
+    type: type
+    help: str
+    is_required: bool = False
+    bounds: tuple[int, int] | None = None
+    flags: tuple[str, ...] = ()  # of preforkctl, which turn the default over; none: a word
+    default: object = None
+
+    def checked(self, value: object) -> Any:
+        """The value, if it is one. Raises ValueError with what is wanted instead."""
+        if type(value) is not self.type:
+            raise ValueError(f"{self.name}: want {_KINDS[self.type]}, not {value!r}")
+        if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:  # type: ignore[operator]
+            raise ValueError(f"{self.name}: want {self.bounds[0]} to {self.bounds[1]}, not {value}")
+        return value
+
+    @property
+    def usage(self) -> str:
+        word = self.flags[-1] if self.flags else self.name.upper()
+        return word if self.is_required else f"[{word}]"
+
+
+_KINDS = {str: "text", int: "a whole number", bool: "true or false"}
+
+SERVICE = Argument("service", str, "its name", is_required=True)
+SLOT = Argument("slot", str, "a worker, as service#3; or 3, where there is one service", is_required=True)
+WAIT = Argument("wait", bool, "do not wait for the outcome", flags=("--no-wait",), default=True)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it is called, takes and does."""
+
+    name: str
+    help: str
+    act: "Callable[[Master, Request], None]"
+    arguments: tuple[Argument, ...] = ()
+    changes: bool = False  # it is logged, with who has asked
+
+    @property
+    def usage(self) -> str:
+        return " ".join([self.name, *(argument.usage for argument in self.arguments)])
+
+    @property
+    def takes_time(self) -> bool:
+        return WAIT in self.arguments
+
+    def checked(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """All arguments with the values given, or those left out. Raises ValueError."""
+        known = {argument.name: argument for argument in self.arguments}
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{self.name} takes {', '.join(known) or 'nothing'}, not {name!r}")
+        values = {}
+        for name, argument in known.items():
+            if given.get(name) is not None:
+                values[name] = argument.checked(given[name])
+            elif argument.is_required:
+                raise ValueError(f"{name}: required, {argument.help}")
+            else:
+                values[name] = argument.default
+        return values
+
+
+def answer(master: "Master", request: "Request") -> None:
+    """Do what is asked for."""
+    command = COMMANDS.get(request.do)
+    if command is None:
+        return request.fail(f"no command {request.do!r}; there are {', '.join(COMMANDS)}")
+    try:
+        request.arguments = command.checked(request.arguments)
+    except ValueError as fault:
+        return request.fail(str(fault))
+    if command.changes:
+        log.event("command", do=request.do, **request.arguments, uid=request.peer.uid, client=request.peer.pid)
+    return command.act(master, request)
+
+
+# What is told.
+
+
+def ping(master: "Master", request: "Request") -> None:
+    request.reply(**master.identity())
+
+
+def status(master: "Master", request: "Request") -> None:
+    from preforkd.status import report
+
+    request.reply(**report(master))
+
+
+def events(master: "Master", request: "Request") -> None:
+    for record in [*log.recent]:
+        _tell(request, record)
+    if request.arguments["follow"]:
+        _follow(request, partial(_tell, request))
+    else:
+        request.reply()
+
+
+def _tell(request: "Request", record: log.Record) -> None:
+    request.tell(**record)  # type: ignore[arg-type]
+
+
+def _follow(request: "Request", hear: Callable[[log.Record], None]) -> None:
+    """Hear every record that is logged until the request is over."""
+    if not request.is_over:
+        log.followers.append(hear)
+        request.at_end(partial(log.followers.remove, hear))
+
+
+def stacks(master: "Master", request: "Request") -> None:
+    """The workers answer by their lifelines, without end mark: it is over when all have spoken and then been quiet."""
+    slot = request.arguments["slot"]
+    try:
+        found = [_worker(master, slot)] if slot is not None else [*_workers(master)]
+    except LookupError as fault:
+        return request.fail(str(fault.args[0]))
+    asked = [(service, child) for service, child in found if child.state is not State.BOOTING]
+    silent = {f"{service.name}#{child.slot}" for service, child in asked}
+    latest = monotonic() + STACKS_TIMEOUT
+
+    def hear(record: log.Record) -> None:
+        of = record.get("of")
+        if record["event"] != "text" or of not in names:
+            return
+        silent.discard(str(of))
+        request.tell("stack", of=of, text=record["text"])
+        request.until = latest if silent else min(monotonic() + QUIET, latest)
+
+    names = frozenset(silent)
+    _follow(request, hear)
+    for _, child in asked:
+        child.send(STACKS)
+    return request.wait(_nothing, latest if names else 0.0, lambda: request.reply(silent=sorted(silent)))
+
+
+def _nothing() -> None:
+    pass
+
+
+# What is changed.
+
+
+def reload(master: "Master", request: "Request") -> None:
+    _renew(master, request, partial(master.renewals.ask_for_reload, request.arguments["service"]))
+
+
+def upgrade(master: "Master", request: "Request") -> None:
+    """Who waits loses the connection when it succeeds, and asks the successor for the outcome."""
+    _renew(master, request, partial(master.renewals.ask_for_upgrade, request.arguments["python"] or ""))
+
+
+def _renew(master: "Master", request: "Request", ask: "Callable[[Tell | None], None]") -> None:
+    if master.is_stopping:
+        return request.fail("the daemon is stopping")
+    if request.arguments["wait"]:
+        return ask(partial(_tell_outcome, request))
+    ask(None)
+    return request.reply()
+
+
+def _tell_outcome(request: "Request", outcome: "Outcome") -> None:
+    if outcome.is_done:
+        request.reply(what=outcome.what, result=outcome.result, **outcome.details)
+    else:
+        request.fail(f"{outcome.what} {outcome.result.replace('_', ' ')}: {outcome.error}")
+
+
+def outcome(master: "Master", request: "Request") -> None:
+    def look() -> None:
+        if not master.renewals.is_idle:
+            return
+        if master.renewals.last is None:
+            request.reply(result="none yet")
+        else:
+            _tell_outcome(request, master.renewals.last)
+
+    request.wait(look, float("inf"), _nothing)
+
+
+def scale(master: "Master", request: "Request") -> None:
+    name, workers = request.arguments["service"], request.arguments["workers"]
+    service = next((each for each in master.roster.targets if each.name == name), None)
+    if service is None:
+        return request.fail(_no_service(master, name))
+    if master.is_stopping or master.is_drained:
+        return request.fail("the daemon is stopping" if master.is_stopping else "the workers are drained; refill first")
+    log.event("resized", service=name, workers=workers, before=service.pool.size)
+    service.pool.resize(workers)
+    return _answer_when_full(master, request, [service])
+
+
+def _answer_when_full(master: "Master", request: "Request", services: "list[Service]") -> None:
+    """Answer when each of these pools has as many workers as it has now been told to have."""
+    if not request.arguments["wait"]:
+        return request.reply()
+    sizes = {service.name: service.pool.size for service in services}
+    patience = max(service.newest.settings.boot_timeout for service in services)
+    troubles = _Troubles(sizes)
+    _follow(request, troubles.hear)
+
+    def look() -> None:
+        if master.is_stopping:
+            request.fail("the daemon is stopping")
+        elif any(service.pool.size != sizes[service.name] for service in services):
+            request.fail("meanwhile somebody else has asked for another size")
+        elif troubles.failure:
+            request.fail(troubles.failure.rstrip())
+        elif all(service.pool.is_full for service in services):
+            request.reply(workers=sizes, draining=sum(map(_leaving, services)))
+
+    def give_up() -> None:
+        lacking = [service for service in services if not service.pool.is_full]
+        counts = ", ".join(f"{each.name} has {_ready(each)} of {sizes[each.name]} workers" for each in lacking)
+        reason = f" ({troubles.reason})" if troubles.reason else ""
+        request.fail(f"after {patience:g} s {counts}{reason}; it goes on trying")
+
+    return request.wait(look, monotonic() + patience, give_up)
+
+
+class _Troubles:
+    """What the log says of why workers of these services could not be started."""
+
+    def __init__(self, services: Mapping[str, int]) -> None:
+        self.services = services
+        self.reason = ""  # why it is tried again
+        self.failure = ""  # why it is not, with the traceback if there is one
+        self._failing = ""
+
+    def hear(self, record: log.Record) -> None:
+        match record:
+            case {"event": "boot_failed", "service": str(name)} if name in self.services:
+                self._failing = name
+                self.failure = f"{name}: its target could not be started; it goes on trying\n"
+            case {"event": "text", "of": of, "text": text} if of == self._failing:
+                self.failure += f"{text}\n"
+            case {"event": "spawn_refused" | "mold_refused", "service": str(name), "reason": reason} if (
+                name in self.services
+            ):
+                self.reason = str(reason)
+
+
+def _ready(service: "Service") -> int:
+    return sum(child.state is State.READY for child in service.pool.children.values())
+
+
+def _leaving(service: "Service") -> int:
+    return len(service.pool.children) - _ready(service)
+
+
+def drain(master: "Master", request: "Request") -> None:
+    if master.is_stopping or not master.is_ready:
+        return request.fail(f"the daemon is {'stopping' if master.is_stopping else 'not ready yet'}")
+    master.drain_workers()
+    if not request.arguments["wait"]:
+        return request.reply()
+
+    def look() -> None:
+        if master.is_stopping or not master.is_drained:
+            request.fail("the daemon is stopping" if master.is_stopping else "meanwhile somebody else asked to refill")
+        elif not any(service.pool.children for service in master.roster.targets):
+            request.reply()
+
+    def give_up() -> None:
+        left = [f"{service.name}#{slot}" for service in master.roster.targets for slot in service.pool.children]
+        request.fail(f"still there: {', '.join(left)}")
+
+    timeouts = [service.pool.timeouts for service in master.roster.targets]
+    patience = max(each.graceful + each.eof for each in timeouts)
+    return request.wait(look, monotonic() + patience + 2 * KILL_TIMEOUT + BURIAL, give_up)
+
+
+def refill(master: "Master", request: "Request") -> None:
+    if master.is_stopping or not master.is_drained:
+        return request.fail("the daemon is stopping" if master.is_stopping else "the workers are not drained")
+    master.refill()
+    return _answer_when_full(master, request, [*master.roster.targets])
+
+
+def stop(master: "Master", request: "Request") -> None:
+    """Who waits is answered by the end of the connection: nobody else can say that we are gone."""
+    master.stop(Haste.KILL if request.arguments["now"] else Haste.NONE)
+    if not request.arguments["wait"]:
+        return request.reply()
+    return request.tell("stopping")
+
+
+def kill(master: "Master", request: "Request") -> None:
+    try:
+        service, child = _worker(master, request.arguments["slot"])
+    except LookupError as fault:
+        return request.fail(str(fault.args[0]))
+    service.pool.kill(child, "operator")
+    if not request.arguments["wait"]:
+        return request.reply(pid=child.pid)
+
+    def look() -> None:
+        if service.pool.children.get(child.slot) is not child:
+            request.reply(pid=child.pid)
+
+    return request.wait(look, monotonic() + KILL_TIMEOUT + BURIAL, lambda: request.fail(f"{child.pid} is still there"))
+
+
+# Whom is meant.
+
+
+def _workers(master: "Master") -> "Iterator[tuple[Service, Child]]":
+    for service in master.roster:
+        for slot in sorted(service.pool.children):
+            yield service, service.pool.children[slot]
+
+
+def _worker(master: "Master", slot: str) -> "tuple[Service, Child]":
+    """The worker that is called so. Raises LookupError with what there is instead."""
+    name, mark, number = slot.rpartition("#")
+    if not mark and len(master.roster.targets) == 1:
+        name = master.roster.targets[0].name
+    if not name or not number.isdecimal():
+        raise LookupError(f"slot: want {SLOT.help}, not {slot!r}")
+    services = [each for each in master.roster if each.name == name]
+    if not services:
+        raise LookupError(_no_service(master, name))
+    child = services[0].pool.children.get(int(number))
+    if child is None:
+        there = ", ".join(map(str, sorted(services[0].pool.children))) or "none"
+        raise LookupError(f"{name} has no worker in slot {number}; there are {there}")
+    return services[0], child
+
+
+def _no_service(master: "Master", name: str) -> str:
+    return f"no service {name!r}; there are {', '.join(each.name for each in master.roster.targets)}"
+
+
+_NOW = Argument("now", bool, "kill the workers that hold requests", flags=("--now",), default=False)
+_FOLLOW = Argument("follow", bool, "go on with those to come", flags=("-f", "--follow"), default=False)
+_WORKERS = Argument("workers", int, "how many", is_required=True, bounds=(1, 4096))
+_PYTHON = Argument("python", str, "the path of another interpreter")
+_ANY_SERVICE = Argument("service", str, "this one only")
+_ANY_SLOT = Argument("slot", str, SLOT.help)
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("ping", "Say which daemon answers.", ping),
+        Command("status", "Show services, listeners and workers.", status),
+        Command("events", "Show what has happened of late: the last 1000 events.", events, (_FOLLOW,)),
+        Command("stacks", "Show the stacks of a worker, or of all; they are in the log as well.", stacks, (_ANY_SLOT,)),
+        Command(
+            "reload", "Read settings and code anew; roll back if they fail.", reload, (_ANY_SERVICE, WAIT), changes=True
+        ),
+        Command(
+            "upgrade", "Run the new version of preforkd under the same pid.", upgrade, (_PYTHON, WAIT), changes=True
+        ),
+        Command("outcome", "Wait for a reload or upgrade that runs, and tell how the last one ended.", outcome),
+        Command("scale", "Change how many workers a service has.", scale, (SERVICE, _WORKERS, WAIT), changes=True),
+        Command(
+            "drain", "Have all workers finish and leave, but stay; the backlog fills.", drain, (WAIT,), changes=True
+        ),
+        Command("refill", "Have workers again after a drain.", refill, (WAIT,), changes=True),
+        Command("kill", "Kill a worker, with its stacks in the log; it is replaced.", kill, (SLOT, WAIT), changes=True),
+        Command("stop", "Stop the daemon when its workers have finished.", stop, (_NOW, WAIT), changes=True),
+    )
+}
+
+
+def reference() -> str:
+    """The table of commands as README shows it."""
+    rows = [f"| `{command.usage}` | {command.help} |" for command in COMMANDS.values()]
+    return "\n".join(["| command | |", "| --- | --- |", *rows])
