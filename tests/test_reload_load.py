@@ -187,13 +187,11 @@ def is_first(what):
     return True
 '''
 
-# What the worker, and not the mold, does with a server before it is ready.
+# What a worker does before it is ready (on_worker_start).
 BOOT = """
-class {server}({server}):
-    def __setattr__(self, name, value):
-        if name == "draining" and value is False:
-            {boot}
-        super().__setattr__(name, value)
+def boot(server, slot):
+    if isinstance(server, {server}):
+        {boot}
 """
 
 # What a worker does as soon as it is ready.

@@ -51,6 +51,10 @@ class Stream(TCPServer):
 
 class Datagrams(UDPServer):
     pass
+
+
+def boot(server, slot):
+    pass
 """
 
 SERVICES = "stream", "datagrams"
@@ -63,6 +67,7 @@ metrics = "tcp://127.0.0.1:0"
 [services.stream]
 target = "app:Stream"
 handler = "app:StreamHandler"
+on_worker_start = "boot"
 listen = ["tcp://127.0.0.1:0"]
 max_children = {streams}
 {service}
@@ -70,6 +75,7 @@ max_children = {streams}
 [services.datagrams]
 target = "app:Datagrams"
 handler = "app:DatagramHandler"
+on_worker_start = "boot"
 listen = ["udp://127.0.0.1:0"]
 max_children = {datagrams}
 {service}
