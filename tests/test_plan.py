@@ -212,7 +212,7 @@ def test_old_workers_stay_while_there_is_nothing_to_replace_them_from() -> None:
 
 def test_a_generation_that_leaves_for_too_long_is_hurried_and_no_other() -> None:
     oldest, newer = Record(0, State.DRAINING, generation=1), Record(1, State.DRAINING, generation=2)
-    wanted = Wanted(0, generation=3, hurried=1)
+    wanted = Wanted(0, generation=3, hurried=frozenset({1}))
     assert steps(100, wanted, oldest, newer) == [EndOfFile(oldest)]
     oldest.state = State.HALF_CLOSED
     assert steps(105, wanted, oldest, newer) == [Kill(oldest, "deadline")]
@@ -247,7 +247,7 @@ WANTED = st.builds(
     st.integers(0, 5),
     st.frozensets(st.sampled_from([1, 2, 3, 4, 9])),
     st.sampled_from(Haste),
-    st.integers(0, 4),
+    st.frozensets(GENERATIONS),
 )
 NOT_BEFORE = st.dictionaries(st.integers(0, 50), TIMES, max_size=5)
 CHILDREN = st.lists(

@@ -90,7 +90,7 @@ def test_step_two_a_handler_that_waits_for_its_client_reads_end_of_file_and_stil
         assert client.rest() == b"eof after 5\n"
         assert daemon.wait() == 0
         assert f" pid={client.pid}" in daemon.log.matches("^end_of_file ")[0].string
-        assert "cause=drained status=0 requests=1 " in exit_of(daemon, client.pid)
+        assert "cause=eof status=0 requests=1 " in exit_of(daemon, client.pid)
     assert not daemon.log.matches("^kill ")
 
 
@@ -117,7 +117,7 @@ def test_a_second_term_goes_on_to_end_of_file(serve: Serve) -> None:
         assert client.rest() == b"eof after 0\n"
         assert daemon.wait() == 0
     assert daemon.log.matches("^stopping haste=end_of_file")
-    assert "cause=drained " in exit_of(daemon, client.pid)
+    assert "cause=eof " in exit_of(daemon, client.pid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])

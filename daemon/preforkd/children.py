@@ -29,6 +29,7 @@ class Child:
     cause: str | None = None  # why it was told to go, if it was killed
     failure: list[str] | None = None  # what it said of why it could not boot
     is_leaving: bool = False  # it has been told to drain by somebody else
+    was_cut: bool = False  # what it held has been ended for it
     is_mute: bool = False  # its end of the lifeline is closed
     _unfinished_line: bytes = b""
 

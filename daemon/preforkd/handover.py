@@ -87,7 +87,7 @@ class _Service(Struct):
     generation: int
     max_surge: int
     max_unavailable: int
-    hurried: int
+    hurried: frozenset[int]
     generations: list[_Generation]
     children: list[_Child]
 

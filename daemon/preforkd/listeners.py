@@ -86,6 +86,8 @@ class Bound:
     inode: tuple[int, int] = (0, 0)
     address: Address = Address("", "")  # as it was asked for
     rules: Rules = Rules()
+    name: str = ""  # in the service manager's store; empty: never there
+    is_kept: bool = False  # by the service manager, so that its file must stay
 
     def serves(self, address: Address) -> bool:
         """Whether this is the listener for an address."""
@@ -95,6 +97,12 @@ class Bound:
         """Why a listener that is open cannot be changed to what is asked for at the same place, if it cannot."""
         if self.address.options.get("v6only", "0") != address.options.get("v6only", "0"):
             return f"{address.url}: v6only of an open listener cannot change; needs a restart"
+        if self.address.scheme != address.scheme:
+            return f"{address.url}: {self.address.scheme} cannot become {address.scheme} in place; needs a restart"
+        try:
+            _owner(address)
+        except OSError as error:
+            return f"{address.url}: {error.strerror}"
         return None
 
     def become(self, address: Address, rules: Rules) -> None:
@@ -109,13 +117,12 @@ class Bound:
     def retire(self) -> None:
         """Close it for all who have it, workers that drain included."""
         if self.address.scheme != "fd":  # or else it is not only ours
-            with suppress(OSError):  # a datagram socket is not connected
-                self.listener.socket.shutdown(socket.SHUT_RDWR)
+            # Of a datagram socket only the reading side: whoever drains answers through it.
+            is_stream = self.listener.socket.type == socket.SOCK_STREAM
+            with suppress(OSError):  # a datagram socket is not connected, and it is done all the same
+                self.listener.socket.shutdown(socket.SHUT_RDWR if is_stream else socket.SHUT_RD)
         self.is_kept = False
         self.close()
-
-    name: str = ""  # in the service manager's store; empty: never there
-    is_kept: bool = False  # by the service manager, so that its file must stay
 
     def close(self) -> None:
         """Close it, and remove its socket file if that is still the one that we made, and if it leads nowhere now."""
@@ -189,6 +196,8 @@ def bind(address: Address, rules: Rules) -> Bound:
         return Bound(_listening(made.listener.socket, rules), made.path, made.inode, address, rules)
     except OSError as error:
         raise ListenError(f"{address.url}: {_explain(error, address)}") from error
+    except UnicodeError:
+        raise ListenError(f"{address.url}: no host can have such a name") from None
 
 
 def taken_back(address: Address, rules: Rules, number: int) -> Bound:
@@ -283,7 +292,11 @@ def _mode(address: Address) -> int:
 
 def _own(path: str, address: Address) -> None:
     if "user" in address.options or "group" in address.options:
-        os.chown(path, _user(address.options.get("user")), _group(address.options.get("group")))
+        os.chown(path, *_owner(address))
+
+
+def _owner(address: Address) -> tuple[int, int]:
+    return _user(address.options.get("user")), _group(address.options.get("group"))
 
 
 def _remove_stale(path: str, kind: int) -> None:

@@ -64,7 +64,7 @@ class Wanted:
     max_unavailable: int = 0  # workers less than ``size`` that are ready meanwhile
     can_spawn: frozenset[int] = frozenset({1})  # generations that there is something to fork from
     haste: Haste = Haste.NONE
-    hurried: int = 0  # leaving workers of generations up to this one read end-of-file at once
+    hurried: frozenset[int] = frozenset()  # generations whose leaving workers read end-of-file at once
 
 
 class Child(Protocol):
@@ -233,7 +233,7 @@ def _deadline(child: Child, wanted: Wanted, timeouts: Timeouts) -> float:
 
 def _haste(child: Child, wanted: Wanted) -> Haste:
     """How this one is hurried: with all, or because it is of a generation that has been leaving for too long."""
-    return max(wanted.haste, Haste.END_OF_FILE) if child.generation <= wanted.hurried else wanted.haste
+    return max(wanted.haste, Haste.END_OF_FILE) if child.generation in wanted.hurried else wanted.haste
 
 
 def _push(child: Child, wanted: Wanted) -> Step:

@@ -46,6 +46,9 @@ from preforkd_workers.scoreboard import (
     Service,
 )
 
+# How long a worker may take to hear that it must leave, in seconds, before we go on as if it had.
+HEARING = 1.0
+
 
 class Nursery(Protocol):
     """Where the workers of a generation come from."""
@@ -130,9 +133,16 @@ class Pool:
     def is_full(self) -> bool:
         """Whether there are as many workers as wanted, all ready and of the generation that is wanted."""
         live = [child for child in self.children.values() if child.state in (State.BOOTING, State.READY)]
-        return len(live) == self.size and all(
-            child.state is State.READY and child.generation == self.wanted.generation for child in live
+        return (
+            len(live) == self.size
+            and all(child.state is State.READY and child.generation == self.wanted.generation for child in live)
+            and not any(self._may_still_accept(child) for child in self.children.values())
         )
+
+    def _may_still_accept(self, child: Child) -> bool:
+        """Whether it is of another generation and has not heard yet that it must leave. The stuck accept nothing."""
+        is_outdated = child.state is State.DRAINING and child.generation != self.wanted.generation
+        return is_outdated and not child.is_leaving and monotonic() < child.since + HEARING
 
     def ready(self, generation: int) -> list[Child]:
         """The workers of this generation that serve."""
@@ -175,6 +185,7 @@ class Pool:
                     child.send(DRAIN)
                 case EndOfFile(Child() as child):
                     child.enter(State.HALF_CLOSED)
+                    child.was_cut = child.busy
                     child.send(END_OF_FILE)
                     self._log("end_of_file", child)
                 case Kill(Child() as child, cause):
@@ -410,7 +421,7 @@ def _cause(child: Child, status: int | None) -> str:
     if child.state is State.BOOTING:
         return "boot"
     if child.state in (State.DRAINING, State.HALF_CLOSED) and status in (0, -DRAIN):
-        return "drained"
+        return "eof" if child.was_cut else "drained"
     return "drained" if status == 0 and child.is_leaving else "crash"
 
 

@@ -118,6 +118,7 @@ class Renewals:
             if (verdict := self.reload.verdict) is not None:
                 self.reload = None
                 self._conclude(verdict)
+                self.settle(may_begin=may_begin)  # what was asked for meanwhile
             self.roster.settle()
 
     def wake_at(self) -> float:

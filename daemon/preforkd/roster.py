@@ -25,7 +25,8 @@ class Change:
     """What is to be served from now on, and what that changes. The listeners for it are open."""
 
     checked: Checked
-    loaded: dict[str, list[Bound]]  # the services to be loaded, with their listeners
+    names: list[str]  # of the services to be loaded
+    loaded: dict[str, list[Bound]]  # with their listeners
     removed: list[str]
     opened: list[Bound] = field(default_factory=list)
     held: list[tuple[Bound, Address, Rules]] = field(default_factory=list)  # open already, and what they are to become
@@ -77,7 +78,7 @@ class Roster:
         if only is not None:
             checked, names = self._narrowed(checked, only), [name for name in names if name in only]
         faults = changes_that_need_a_restart(self.checked, checked)
-        change = Change(checked, {}, [name for name in self.services if name not in _names(checked)])
+        change = Change(checked, names, {}, [name for name in self.services if name not in _names(checked)])
         missing = {name: self._hold(change, name) for name in names}
         for bound, address, _ in change.held:
             faults += [f"{_where(change, bound)}: {why}" for why in [bound.cannot_become(address)] if why]
@@ -99,8 +100,7 @@ class Roster:
         change.loaded[name] = []
         missing = []
         for address in change.checked.addresses[name]:
-            taken = [bound for bound, _, _ in change.held]
-            found = [bound for bound in self.bound if bound not in taken and bound.serves(address)]
+            found = [bound for bound in self._free(change, name, address) if bound.serves(address)]
             for bound in found if address.scheme == "fd" else found[:1]:
                 change.loaded[name].append(bound)
                 change.held.append((bound, address, rules_of(change.settings_of(name))))
@@ -108,11 +108,24 @@ class Roster:
                 missing.append(address)
         return missing
 
+    def _free(self, change: Change, name: str, address: Address) -> list[Bound]:
+        """The listeners that the service may have: not those of one that stays as it is, nor, where any port will do,
+        of any other."""
+        taken = [bound for bound, _, _ in change.held]
+        for other, service in self.services.items():
+            if other != name and (address.place is None or other not in change.names):
+                taken += service.listeners
+        return [bound for bound in self.bound if bound not in taken]
+
     def _open(self, change: Change, place: Place, faults: list[str]) -> None:
+        where = EXPORTER if place.service == EXPORTER else f"services.{place.service}.listen"
+        if place.address.scheme == "fd" and self.generation:  # by now the number may be anything of ours
+            faults.append(f"{where}: {place.address.url}: is passed at the start; needs a restart")
+            return
         try:
             made = place.open(rules_of(change.settings_of(place.service)))
         except ListenError as refusal:
-            faults.append(f"{EXPORTER if place.service == EXPORTER else f'services.{place.service}.listen'}: {refusal}")
+            faults.append(f"{where}: {refusal}")
             return
         change.loaded[place.service].append(made)
         change.opened.append(made)
@@ -126,7 +139,8 @@ class Roster:
         services = {**before.settings.services}
         services.update({name: checked.settings.services[name] for name in only if name != EXPORTER})
         addresses = {**before.addresses, **{name: checked.addresses[name] for name in only}}
-        return Checked(replace(before.settings, services=services), addresses)
+        metrics = checked.settings.metrics if EXPORTER in only else before.settings.metrics
+        return Checked(replace(before.settings, services=services, metrics=metrics), addresses)
 
     # What becomes of a change.
 
@@ -167,7 +181,7 @@ class Roster:
     def roll_back(self, change: Change) -> None:
         """Have everything again as it was before the change."""
         for name in change.loaded:
-            self.services[name].roll_back()
+            self.services[name].roll_back(change.checked.settings.max_old_generations)
             if self.services[name].current is None:
                 self._remove(name)
         self._close(change.opened)

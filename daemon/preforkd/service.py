@@ -76,17 +76,18 @@ class Service:
             self.pool.want(Wanted(1, number))
         else:
             now = self.pool.wanted
+            # One patience for all who boot; that of a generation that boots more slowly is enough for the other.
+            patience = max(self.newest.timeouts.boot, self.current.timeouts.boot)
+            self.pool.timeouts = replace(self.current.timeouts, boot=patience)
             self.pool.want(
                 replace(now, trial=number, max_surge=wanted.max_surge, max_unavailable=wanted.max_unavailable)
             )
 
     def roll(self, max_old_generations: int) -> None:
         """Replace the workers of every other generation by those of the next one."""
-        wanted, size, old = self.newest.settings, self.newest.settings.max_children, self.pool.draining()
-        if self.current is not None:
-            old = sorted({*old, self.current.number})
-            if self._has_size_of(self.current) or not self.pool.size:
-                size = self.pool.size
+        wanted, size = self.newest.settings, self.newest.settings.max_children
+        if self.current is not None and (self._has_size_of(self.current) or not self.pool.size):
+            size = self.pool.size
         self.pool.timeouts = self.newest.timeouts
         self.pool.want(
             replace(
@@ -96,7 +97,7 @@ class Service:
                 trial=None,
                 max_surge=wanted.max_surge,
                 max_unavailable=wanted.max_unavailable,
-                hurried=max(old[:-max_old_generations], default=0),
+                hurried=self._hurried(self.current, max_old_generations),
             )
         )
 
@@ -105,16 +106,16 @@ class Service:
         failed = self.newest.has_failed or judge_roll(self.newest.boot_failures, self.newest.crashes)
         return Event.FAILED if failed else Event.SUCCEEDED if self.pool.is_full else None
 
-    def roll_back(self) -> None:
+    def roll_back(self, max_old_generations: int) -> None:
         """Replace those of the next generation, from the mold of the current one."""
         failed, self.next, self.trial = self.newest, None, None
         failed.let_go()
         if self.current is None:
             return self.stop()
         size = self.pool.size if self._has_size_of(failed) else self.wanted_before.size
-        now = self.pool.wanted
+        now, hurried = self.pool.wanted, self._hurried(failed, max_old_generations)
         self.pool.timeouts = self.current.timeouts
-        self.pool.want(replace(self.wanted_before, size=size, haste=now.haste, hurried=now.hurried))
+        self.pool.want(replace(self.wanted_before, size=size, haste=now.haste, hurried=hurried))
         self._list_listeners()
         return None
 
@@ -125,6 +126,12 @@ class Service:
         self.current, self.next, self.trial = self.newest, None, None
         self.block_on_close = self.current.settings.block_on_close
         self._list_listeners()
+
+    def _hurried(self, outdated: Generation | None, most: int) -> frozenset[int]:
+        """The generations that have been leaving for longest, as this one begins to leave and only so many may."""
+        others = {each.number for each in (self.current, outdated) if each}
+        leaving = [number for number in self.pool.draining() if number not in others]
+        return frozenset(leaving[: max(0, len(leaving) + (outdated is not None) - most)])
 
     def _has_size_of(self, other: Generation) -> bool:
         """Whether the settings agree on the size: then what an operator has said of it since goes on."""

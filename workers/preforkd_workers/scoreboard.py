@@ -39,6 +39,7 @@ RESULTS = ("done", "rolled_back", "refused")
 # Why a worker left. The order is the layout: append only.
 CAUSES = (
     "drained", "max_requests", "max_rss", "max_lifetime", "deadline", "oom", "crash", "boot", "operator", "orphaned",
+    "eof",
 )  # fmt: skip
 
 # A service's words, written by the master.
@@ -183,8 +184,11 @@ class Scoreboard:
         """Take notice of what has been added or has gone since the last time. For readers."""
         if self.daemon[LAYOUT] == self._layout:
             return
-        self._layout = self.daemon[LAYOUT]
-        directory = json.loads(bytes(self._directory(self._layout)).partition(b"\0")[0])
+        text = b""
+        while self.daemon[LAYOUT] != self._layout:  # or else the master has begun to write over what we have read
+            self._layout = self.daemon[LAYOUT]
+            text = bytes(self._directory(self._layout))
+        directory = json.loads(text.partition(b"\0")[0])
         if directory["version"] != VERSION:
             raise ValueError(f"scoreboard of version {directory['version']}, this program reads version {VERSION}")
         self.name, self._end = directory["name"], directory["end"]
