@@ -1,8 +1,9 @@
 # make serve   run the sample, with metrics
 # make test    all tests, on every CPython 3.11 to 3.13 that is found
+# make soak    those under load for minutes: a hundred reloads in a row, broken code, killed processes
 # make check   ruff, mypy and the import rule
 # make bench   the table of ratios against other servers
-.PHONY: serve test check bench clean debian-packages
+.PHONY: serve test soak check bench clean debian-packages
 .DELETE_ON_ERROR:
 
 # Interpreters on the path, and those of pyenv; the first of each version.
@@ -31,6 +32,9 @@ test: debian-packages
 .PHONY: test-one
 test-one: $(VENV)/test-installed
 	$(VENV)/bin/python -m pytest -q $(PYTEST)
+
+soak: $(VENV)/test-installed
+	$(VENV)/bin/python -m pytest -q --soak --timeout 1800 tests/test_reload_load.py $(PYTEST)
 
 check: $(VENV)/test-installed
 	$(VENV)/bin/ruff check

@@ -13,6 +13,16 @@ TARGETS = Path(__file__).parent / "targets.py"
 Serve = Callable[..., Daemon]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="make the tests under load long")
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether the tests under load are to be long."""
+    return bool(request.config.getoption("--soak"))
+
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
     """Start ``preforkd serve ARGUMENTS`` and wait until it is ready. ``:name`` is a target of ``targets.py``.

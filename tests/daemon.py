@@ -108,11 +108,14 @@ class Daemon:
         environment: dict[str, str] | None = None,
         pass_fds: Sequence[int] = (),
         prefix: Sequence[str] = (),
+        runtime: str | None = None,
     ) -> None:
         command = [*prefix, sys.executable, "-m", "preforkd", *map(str, arguments)]
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFORKD_", "NOTIFY_", "JOURNAL_"))}
+        foreign = "PREFORKD_", "NOTIFY_", "JOURNAL_", "LISTEN_", "WATCHDOG_", "RUNTIME_"
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         # Short, for a socket's address has 107 bytes; and a place of its own, so that no test touches the system's.
-        self.runtime = tempfile.mkdtemp(prefix="preforkd-")
+        self.runtime = runtime or tempfile.mkdtemp(prefix="preforkd-")
+        self.has_own_runtime = runtime is None
         if prefix:  # another user
             os.chmod(self.runtime, 0o777)
         self.environment = {**inherited, "XDG_RUNTIME_DIR": self.runtime, "PYTHONUNBUFFERED": "1"}
@@ -152,7 +155,8 @@ class Daemon:
             for pipe in (self.process.stdout, self.process.stderr):
                 if pipe is not None and not self.family():
                     pipe.close()
-            shutil.rmtree(self.runtime)
+            if self.has_own_runtime:
+                shutil.rmtree(self.runtime)
 
     @property
     def pid(self) -> int:

@@ -417,9 +417,9 @@ def orphaned() -> None:
 
 
 def orphaned_with_a_client() -> None:
-    """The master is killed while a silent client holds a worker: there is a deadline for that, too."""
+    """The master is killed while a silent client holds a worker: it reads end-of-file, for there is a deadline."""
     with PreForkingTCPServer(LOOPBACK, Hold) as server:
-        server.max_children, server.graceful_timeout, server.eof_timeout = 1, 0.1, 0.1
+        server.max_children, server.graceful_timeout, server.eof_timeout = 1, 2.0, 1.9
         if os.fork() == 0:
             client, _ = hold(server.server_address)
             os.kill(os.getppid(), signal.SIGKILL)

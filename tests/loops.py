@@ -4,7 +4,7 @@ They append what happens to the file named in HOOKS.
 """
 
 import os
-import threading
+import socket
 from socketserver import ForkingMixIn, TCPServer, ThreadingMixIn, UDPServer
 from typing import Any
 
@@ -126,14 +126,9 @@ class Second(Obey):
     """Asks a server that it runs by hand."""
 
     def obey(self, order: str, *words: str) -> bytes:
-        with TCPServer(("127.0.0.1", 0), Pid) as second:
-            import socket
-
-            thread = threading.Thread(target=second.handle_request)
-            thread.start()
-            with socket.create_connection(second.server_address[:2]) as client:  # type: ignore[arg-type]
-                answer = client.makefile("rb").read()
-            thread.join()
-            second.timeout = 0
+        with (
+            TCPServer(("127.0.0.1", 0), Pid) as second,
+            socket.create_connection(second.server_address[:2]) as client,  # type: ignore[arg-type]
+        ):
             second.handle_request()
-        return answer
+            return client.makefile("rb").read()

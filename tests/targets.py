@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -100,6 +101,24 @@ class Obey(StreamRequestHandler):
                 self.server.shutdown()
                 return b"shut down\n"
         return b"what?\n"
+
+
+class Environment(BaseRequestHandler):
+    """Tells the names of the environment's variables."""
+
+    def handle(self) -> None:
+        self.request.sendall("\n".join(os.environ).encode())
+
+
+class Program(BaseRequestHandler):
+    """Runs a program that outlives the worker, and tells its pid."""
+
+    def handle(self) -> None:
+        null = subprocess.DEVNULL
+        program = subprocess.Popen(
+            ["sleep", "600"], stdin=null, stdout=null, stderr=null, close_fds=False, start_new_session=True
+        )
+        self.request.sendall(b"%d\n" % program.pid)
 
 
 class RecordingServer(TCPServer):

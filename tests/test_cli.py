@@ -209,19 +209,6 @@ def test_a_module_is_found_in_the_working_directory_and_beside_a_file(serve: Ser
 # Ready, in every way that a supervisor may want.
 
 
-@pytest.mark.parametrize("abstract", [False, True])
-def test_ready_and_stopping_are_told_to_the_service_manager(serve: Serve, tmp_path: Path, abstract: bool) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(DEADLINE)
-        manager.bind(f"\0preforkd-test-{os.getpid()}" if abstract else f"{tmp_path}/notify")
-        name = manager.getsockname()
-        variable = "@" + name[1:].decode() if abstract else name
-        daemon = serve(*UPPER, environment={"NOTIFY_SOCKET": variable}, ready=False)
-        assert manager.recv(999).decode().split("\n") == ["READY=1", "STATUS=4 workers ready", f"MAINPID={daemon.pid}"]
-        assert daemon.stop() == 0
-        assert manager.recv(999) == b"STOPPING=1"
-
-
 def test_a_service_manager_that_does_not_listen_is_no_reason_not_to_serve(serve: Serve, tmp_path: Path) -> None:
     daemon = serve(*UPPER, environment={"NOTIFY_SOCKET": f"{tmp_path}/nobody"})
     assert daemon.ask(b"a\n") == b"A\n"

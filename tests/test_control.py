@@ -141,12 +141,13 @@ def test_a_line_may_come_in_pieces_and_many_at_a_time(serve: Serve) -> None:
 
 def test_who_has_sent_all_is_still_answered(serve: Serve) -> None:
     daemon = serve(":Upper", *TCP)
-    with Client(daemon.control) as client:
-        client.send({"v": 1, "do": "scale", "service": "Upper", "workers": 6}, PING)
-        client.socket.shutdown(socket.SHUT_WR)
-        assert client.hear() == {"ok": True, "workers": {"Upper": 6}, "draining": 0}
-        assert client.hear()["ok"]
-        assert client.is_hung_up_on()
+    for size, more in ((6, ()), (8, (PING, PING))):
+        with Client(daemon.control) as client:
+            client.send({"v": 1, "do": "scale", "service": "Upper", "workers": size}, *more)
+            client.socket.shutdown(socket.SHUT_WR)
+            assert client.hear() == {"ok": True, "workers": {"Upper": size}, "draining": 0}
+            assert all(client.hear()["ok"] for _ in more)
+            assert client.is_hung_up_on()
 
 
 def test_a_line_that_is_too_long_ends_the_connection_and_is_told_so(serve: Serve) -> None:
@@ -234,15 +235,13 @@ def _is_answered(daemon: Daemon) -> bool:
 def test_who_leaves_in_the_middle_leaves_nothing_behind(serve: Serve) -> None:
     daemon = serve(":Upper", *TCP)
     before = daemon.descriptors()
-    for line in (
-        {"v": 1, "do": "events", "follow": True},
-        {"v": 1, "do": "stacks"},
-        {"v": 1, "do": "status"},
-        {"v": 1},
-    ):
+    for do in ("stacks", "status", "rubbish", "events"):
         for _ in range(20):
             with Client(daemon.control) as client:
-                client.send(line)
+                client.send({"v": 1, "do": do, **({"follow": True} if do == "events" else {})})
+                while do == "events" and client.hear().get("event") != "ready":
+                    pass
+    eventually(lambda: daemon.descriptors() == before, "all are forgotten, though nothing is to be said to them")
     with Client(daemon.control) as client:
         client.send({"v": 1, "do": "scale", "service": "Upper", "workers": 5})
     daemon.log.wait_for("^resized service=Upper workers=5 ")
@@ -391,6 +390,7 @@ def test_a_configured_socket_that_cannot_be_made_is_one_line_and_status_1(
     with obstacle(path):
         daemon = serve(":Upper", *TCP, "--control", path, ready=False)
         assert daemon.wait() == 1
+        daemon.log.finish()
         (line,) = daemon.log.lines
         assert line.startswith(f'cannot_start reason="control: unix:{path}: ')
         assert reason in line
@@ -506,6 +506,15 @@ def test_a_follower_who_does_not_read_is_hung_up_on_before_he_costs_more_than_4_
             assert unsent <= LONGEST_OUTPUT
         assert not control.clients
         assert not log.followers
+
+
+def test_who_follows_is_the_masters_and_not_its_childrens() -> None:
+    code = "import os; from preforkd import log; log.followers.append(print); child = os.fork()\n"
+    code += "if child: os.waitpid(child, 0)\nlog.event('x', of=os.getpid())\nprint(os.getpid(), flush=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
+    child, record, parent = done.stdout.splitlines()
+    assert child != parent
+    assert f"'of': {parent}" in record
 
 
 def test_a_fault_of_ours_is_the_answer_and_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from preforkd.master import Master
 from tests.conftest import Serve
 from tests.daemon import Daemon, eventually
 from tests.test_cli import run
@@ -205,20 +204,13 @@ def test_without_the_library_it_says_what_to_install(tmp_path: Path) -> None:
     assert error == "preforkd: --dev needs the library watchfiles: pip install 'preforkd[dev]'\n"
 
 
-def test_check_has_no_dev(tmp_path: Path) -> None:
-    assert run(tmp_path, "check", "app:Answer", *TCP, "--dev")[0] == 2
-
-
 # With reload: from a save to an answer.
-
-RELOADS = pytest.mark.skipif("not yet" in str(Master.reload.__doc__), reason="reload is not built yet")
 
 
 def answers(daemon: Daemon, answer: bytes) -> None:
     eventually(lambda: daemon.ask(b"") == answer, f"the answer is {answer!r}")
 
 
-@RELOADS
 def test_a_save_serves_and_a_broken_one_shows_its_traceback_while_the_last_good_one_serves(
     daemon: Daemon, app: Path
 ) -> None:
@@ -226,7 +218,7 @@ def test_a_save_serves_and_a_broken_one_shows_its_traceback_while_the_last_good_
     daemon.log.wait_for(r"^reload_done gen=2\b")
     answers(daemon, b"2")
     save(app, "def broken(:\n")
-    daemon.log.wait_for(r"^reload_rolled_back gen=3 phase=molds reason=")
+    daemon.log.wait_for(r"^reload_rolled_back gen=3 .*phase=molds reason=")
     daemon.log.wait_for(r"\| SyntaxError: ")
     assert daemon.ask(b"") == b"2"
     save(app, "raise ValueError('half done')\n")
@@ -238,8 +230,25 @@ def test_a_save_serves_and_a_broken_one_shows_its_traceback_while_the_last_good_
     answers(daemon, b"5")
 
 
-@RELOADS
 def test_of_many_saves_in_a_row_the_last_serves(daemon: Daemon, app: Path) -> None:
     for number in range(10, 30):
         save(app, HANDLER.format(answer=f"b'{number}'"))
     answers(daemon, b"29")
+
+
+def test_after_an_upgrade_there_is_one_watcher_and_the_next_save_serves(daemon: Daemon, app: Path) -> None:
+    before = daemon.titled("watcher")
+    daemon.signal(signal.SIGUSR2)
+    daemon.log.wait_for("^upgrade_done ")
+    eventually(lambda: len(daemon.titled("watcher")) == 1 and daemon.titled("watcher") != before, "another watcher")
+    daemon.log.wait_for(rf"^dev_watching directories={app.parent}", 2)
+    save(app, HANDLER.format(answer="b'2'"))
+    answers(daemon, b"2")
+    assert len(daemon.log.matches("^dev_changed ")) == 1
+
+
+def test_a_probation_that_is_asked_for_is_kept(serve: Serve, app: Path) -> None:
+    daemon = serve("app:Answer", *TCP, *ONE, "--dev", "--set", "probation=300ms")
+    watching(daemon, app.parent)
+    save(app, HANDLER.format(answer="b'2'"))
+    assert float(daemon.log.wait_for(r"^reload_done gen=2 seconds=(\S+)")[1]) >= 0.3

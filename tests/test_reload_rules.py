@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 )
 
 from preforkd import log
+from preforkd.notify import Manager
 from preforkd.plan import State
 from preforkd.reload import Reload
 from preforkd.roster import Roster
@@ -74,7 +75,7 @@ class Reloads(RuleBasedStateMachine):
     def start(self, first: Wanted) -> None:
         """As ``serve.py`` does."""
         now = checked(a=first)
-        self.roster = Roster(now, self.board, self.selector)
+        self.roster = Roster(now, self.board, self.selector, Manager({}, 0))
         change = self.roster.examine(now)
         for service in self.roster.load(change):
             service.roll(3)

@@ -138,8 +138,8 @@ def test_every_fault_is_said_and_not_only_the_first(file: Path) -> None:
         ("unix:/x?mod=0660", "unknown option 'mod'; did you mean mode?"),
         ("unix-dgram:", "want unix-dgram:/run/x.sock"),
         (f"unix:/{107 * 'x'}", "the path is longer than 107 bytes (unix(7))"),
-        ("fd:", "want fd:3"),
-        ("fd:x", "want fd:3"),
+        ("fd:", "want fd:3 or fd:NAME"),
+        ("fd:a:b", "want fd:3 or fd:NAME"),
         ("fd:3?mode=0600", "unknown option 'mode'"),
     ],
 )

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 import pytest
@@ -312,3 +313,37 @@ def test_a_stack_hides_our_own_frames_and_no_others() -> None:
     ours = os.path.dirname(preforkd.pool.__file__)
     assert preforkd.pool.is_plumbing(f'  File "{ours}/master.py", line 1 in serve_forever')
     assert not preforkd.pool.is_plumbing('  File "/srv/preforkd/app.py", line 1 in handle')
+
+
+@pytest.mark.parametrize("target", [":Obey", Path(__file__).with_name("loops.py")])
+def test_what_has_woken_a_worker_is_served_although_it_drains(serve: Serve, target: object) -> None:
+    """One connection wakes one worker: if that leaves without it, nobody comes for it."""
+    name = f"{target}:ForEver" if isinstance(target, Path) else str(target)
+    daemon = serve(name, *TCP, *TWO, environment={"PYTHONPATH": os.pathsep.join(PATHS), "HOOKS": os.devnull})
+    stays, leaves = (daemon.log.matches(rf"^worker_ready .*slot={slot} .*pid=(\d+)")[0][1] for slot in (0, 1))
+    for pid in (stays, leaves):
+        os.kill(int(pid), signal.SIGSTOP)
+        eventually(lambda pid=pid: _state(pid) == "T", "it has stopped")  # type: ignore[misc]
+    with daemon.connect() as client:
+        client.sendall(b"pid\n")
+        client.shutdown(socket.SHUT_WR)
+        daemon.signal(signal.SIGTTOU)
+        daemon.log.wait_for("^resized ")
+        eventually(lambda: _is_told(leaves), "the signal has been sent")
+        os.kill(int(leaves), signal.SIGCONT)
+        assert client.recv(100) == f"{leaves}\n".encode()
+    assert "cause=drained status=0 requests=1 " in exit_of(daemon, int(leaves))
+    os.kill(int(stays), signal.SIGCONT)
+
+
+PATHS = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+
+def _state(pid: str) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def _is_told(pid: str) -> bool:
+    """Whether SIGTERM is pending (proc(5), ShdPnd)."""
+    found = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return found is not None and bool(int(found[1], 16) & 1 << signal.SIGTERM - 1)

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="run the services in the foreground, until a signal stops them")
     serve.add_argument("--dev", action="store_true", help="reload when a source of the target is saved")
     checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")
+    checked.add_argument("--dev", action="store_true", help=argparse.SUPPRESS)  # from a daemon in dev mode
     checked.add_argument("--state-fd", type=int, help=argparse.SUPPRESS)  # from a daemon that wants to upgrade
     commands.add_parser("settings", help="print the reference of all settings")
     for command in (serve, checked):

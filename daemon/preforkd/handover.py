@@ -7,7 +7,8 @@ which. A state of another version is refused before the ``execv``, by ``preforkd
 import os
 import selectors
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 import msgspec
 from msgspec import Struct
@@ -17,11 +18,13 @@ from preforkd.children import Child
 from preforkd.generations import Generation
 from preforkd.listeners import Address, Bound, Rules, parse
 from preforkd.molds import Mold
+from preforkd.notify import Manager
 from preforkd.plan import State, Wanted
 from preforkd.pool import Pool
 from preforkd.roster import Roster, rules_of
 from preforkd.service import Service
 from preforkd.sources import EXPORTER, Checked
+from preforkd.takeover import Lock
 from preforkd_workers.scoreboard import Scoreboard
 from preforkd_workers.spec import Listener
 
@@ -36,6 +39,8 @@ class _Listener(Struct):
     service: str  # whose rules it was opened by
     path: str
     inode: tuple[int, int]
+    name: str
+    is_kept: bool
 
 
 class _Child(Struct):
@@ -99,13 +104,24 @@ class Inheritance(Struct):
     listeners: list[_Listener]
     services: list[_Service]
     control: _Listener | None
+    lock: tuple[int, str] | None  # descriptor and path
+    stored: list[str]  # names of what the service manager keeps
     sizes_before_drain: dict[str, int]
     nofile: tuple[int, int]  # the limit that the daemon was started with, soft and hard
 
 
-def hand_over(
-    roster: Roster, control: Bound | None, started: float, sizes_before_drain: dict[str, int]
-) -> tuple[int, list[int]]:
+@dataclass(frozen=True)
+class Surroundings:
+    """What a master has beside its roster."""
+
+    started: float
+    sizes_before_drain: dict[str, int]
+    control: Bound | None
+    lock: Lock | None
+    stored: Collection[str]
+
+
+def hand_over(roster: Roster, around: Surroundings) -> tuple[int, list[int]]:
     """Write the state to a memfd. Returns its descriptor, and those that the successor needs, it among them."""
     listeners = [_listener(bound, _service_of(roster, bound)) for bound in roster.bound]
     places = {id(bound): place for place, bound in enumerate(roster.bound)}
@@ -113,25 +129,29 @@ def hand_over(
     state = Inheritance(
         STATE_VERSION,
         __version__,
-        started,
+        around.started,
         roster.board.fd,
         roster.generation,
         roster.checked.settings,
         listeners,
         services,
-        _listener(control, "") if control else None,
-        sizes_before_drain,
+        _listener(around.control, "") if around.control else None,
+        (around.lock.descriptor, around.lock.path) if around.lock else None,
+        [*around.stored],
+        around.sizes_before_drain,
         limits.inherited(),
     )
     fd = os.memfd_create("preforkd-state")
     os.pwrite(fd, msgspec.json.encode(state), 0)
     needed = [fd, state.board, *(each.fd for each in listeners), *_descriptors(services)]
-    return fd, needed + ([state.control.fd] if state.control else [])
+    needed += [state.control.fd] if state.control else []
+    needed += [state.lock[0]] if state.lock else []
+    return fd, needed
 
 
 def _listener(bound: Bound, service: str) -> _Listener:
     number, url = bound.listener.socket.fileno(), bound.listener.url
-    return _Listener(number, url, bound.address.url, service, bound.path, bound.inode)
+    return _Listener(number, url, bound.address.url, service, bound.path, bound.inode, bound.name, bound.is_kept)
 
 
 def _descriptors(services: list[_Service]) -> Iterator[int]:
@@ -219,10 +239,10 @@ def read(fd: int) -> Inheritance:
     return msgspec.json.decode(text, type=Inheritance)
 
 
-def take_over(state: Inheritance, selector: selectors.BaseSelector) -> Roster:
+def take_over(state: Inheritance, selector: selectors.BaseSelector, manager: Manager) -> Roster:
     """Everything that is served, as the predecessor has left it."""
     board = Scoreboard.attach(state.board)
-    roster = Roster(Checked(state.settings, _addresses(state)), board, selector)
+    roster = Roster(Checked(state.settings, _addresses(state)), board, selector, manager)
     roster.generation = state.generation
     roster.bound = [_bound(each, state) for each in state.listeners]
     for told in state.services:
@@ -241,9 +261,11 @@ def _addresses(state: Inheritance) -> dict[str, list[Address]]:
     return addresses
 
 
-def control(state: Inheritance) -> Bound | None:
-    """The control socket, as the predecessor has left it."""
-    return _bound(state.control, state) if state.control else None
+def surroundings(state: Inheritance) -> Surroundings:
+    """What the predecessor had beside its roster."""
+    control = _bound(state.control, state) if state.control else None
+    lock = Lock.inherited(*state.lock) if state.lock else None
+    return Surroundings(state.started, state.sizes_before_drain, control, lock, state.stored)
 
 
 def _bound(told: _Listener, state: Inheritance) -> Bound:
@@ -251,7 +273,8 @@ def _bound(told: _Listener, state: Inheritance) -> Bound:
     made = socket.socket(fileno=told.fd)
     wanted = state.settings.services.get(told.service)
     address, rules = _address(told), rules_of(wanted) if wanted else Rules()
-    return Bound(Listener(told.listener_url, made), told.path, told.inode, address, rules)
+    listener = Listener(told.listener_url, made)
+    return Bound(listener, told.path, told.inode, address, rules, told.name, told.is_kept)
 
 
 def _address(told: _Listener) -> Address:

@@ -29,8 +29,9 @@ _EXAMPLE = {
     "udp": "udp://127.0.0.1:9999",
     "unix": "unix:/run/x.sock",
     "unix-dgram": "unix-dgram:/run/x.sock",
-    "fd": "fd:3",
+    "fd": "fd:3 or fd:NAME",
 }
+_FDNAME = re.compile(r"[ -9;-~]{1,255}")  # sd_listen_fds(3): ASCII without control characters and colons
 _LONGEST_PATH = 107  # bytes, unix(7): sun_path less its terminating NUL
 
 
@@ -55,12 +56,13 @@ class Address:
     port: int = 0
     path: str = ""
     number: int = -1
+    name: str = ""  # of a descriptor that is passed by name
     options: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def place(self) -> tuple[str, object] | None:
         if self.scheme == "fd":
-            return "fd", self.number
+            return "fd", self.name or self.number
         if self.scheme in ("tcp", "udp"):
             return (self.scheme, (self.host, self.port)) if self.port else None
         return "unix", self.path if self.path.startswith("@") else os.path.abspath(self.path)
@@ -84,6 +86,8 @@ class Bound:
     inode: tuple[int, int] = (0, 0)
     address: Address = Address("", "")  # as it was asked for
     rules: Rules = Rules()
+    name: str = ""  # in the service manager's store; empty: never there
+    is_kept: bool = False  # by the service manager, so that its file must stay
 
     def serves(self, address: Address) -> bool:
         """Whether this is the listener for an address."""
@@ -117,18 +121,21 @@ class Bound:
             is_stream = self.listener.socket.type == socket.SOCK_STREAM
             with suppress(OSError):  # a datagram socket is not connected, and it is done all the same
                 self.listener.socket.shutdown(socket.SHUT_RDWR if is_stream else socket.SHUT_RD)
+        self.is_kept = False
         self.close()
 
     def close(self) -> None:
-        """Close it, and remove its socket file if that is still the one that we made."""
+        """Close it, and remove its socket file if that is still the one that we made, and if it leads nowhere now."""
         self.listener.socket.close()
+        if self.is_kept:
+            return
         with suppress(FileNotFoundError):
             if self.path and _inode(self.path) == self.inode:
                 os.unlink(self.path)
 
 
 def parse(url: str) -> Address:
-    """Understand ``tcp://host:port``, ``udp://…``, ``unix:path``, ``unix:@name``, ``unix-dgram:…`` or ``fd:number``.
+    """Understand ``tcp://host:port``, ``udp://…``, ``unix:path``, ``unix:@name``, ``unix-dgram:…`` or ``fd:…``.
 
     Raises AddressError.
     """
@@ -147,9 +154,11 @@ def parse(url: str) -> Address:
     options = _options(url, scheme, parts.query)
     wanted = AddressError(f"{url}: want {_EXAMPLE[scheme]}")
     if scheme == "fd":
-        if not parts.path.isdecimal():
+        if parts.path.isdecimal():
+            return Address(url, scheme, number=int(parts.path))
+        if not _FDNAME.fullmatch(parts.path) or parts.netloc:
             raise wanted
-        return Address(url, scheme, number=int(parts.path))
+        return Address(url, scheme, name=parts.path)
     if scheme in ("tcp", "udp"):
         if not host or port is None or parts.path:
             raise wanted
@@ -189,6 +198,25 @@ def bind(address: Address, rules: Rules) -> Bound:
         raise ListenError(f"{address.url}: {_explain(error, address)}") from error
     except UnicodeError:
         raise ListenError(f"{address.url}: no host can have such a name") from None
+
+
+def taken_back(address: Address, rules: Rules, number: int) -> Bound:
+    """A listener of ours that was kept for us, as ``bind`` had made it. Raises ListenError when it is none any more."""
+    try:
+        listener = _listening(socket.socket(fileno=number), rules)
+        path = "" if not address.path or address.path.startswith("@") else os.path.abspath(address.path)
+        return Bound(listener, path, _inode(path) if path else (0, 0), address, rules)
+    except OSError as error:
+        raise ListenError(f"{address.url}: {_explain(error, address)}") from error
+
+
+def file_of(address: Address) -> tuple[int, int] | None:
+    """Device and inode of the socket file that is at this address now; None when it has none."""
+    if not address.path or address.path.startswith("@"):
+        return None
+    with suppress(OSError):
+        return _inode(os.path.abspath(address.path))
+    return None
 
 
 def unbound(address: Address) -> Listener:

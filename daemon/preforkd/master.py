@@ -15,20 +15,23 @@ from typing import Protocol
 
 from setproctitle import setproctitle
 
-from preforkd import __version__, commands, log, notify
+from preforkd import __version__, commands, log
 from preforkd.control import Control
+from preforkd.descriptors import Store
 from preforkd.exits import Exit
-from preforkd.handover import Inheritance, hand_over
+from preforkd.handover import Surroundings, hand_over
 from preforkd.listeners import Bound
+from preforkd.notify import Manager, Phase, newline, status_line
 from preforkd.plan import Haste
 from preforkd.renewals import Renewals
 from preforkd.roster import Roster
 from preforkd.settings import MOST_CHILDREN
 from preforkd.sources import Checked
+from preforkd.takeover import Lock
 from preforkd.upgrade import execute
 from preforkd.wakeup import WakeUp
 from preforkd_workers.prctl import become_subreaper
-from preforkd_workers.scoreboard import HEARTBEAT, STARTED_AT
+from preforkd_workers.scoreboard import HEARTBEAT
 
 # How often the master shows that its loop turns, in seconds.
 HEARTBEAT_EVERY = 1.0
@@ -44,23 +47,27 @@ class Watcher(Protocol):
 class Master:
     """Serves what is on the roster until nothing is wanted and nobody is left.
 
-    ``read`` gives the settings as they are now, for a reload; it raises Faults. ``control`` is the
-    control socket, if there is one.
+    ``read`` gives the settings as they are now, for a reload; it raises Faults. ``manager`` is who has started us, and
+    ``store`` what it keeps. ``control`` is the control socket; ``lock`` proves that somebody of us lives.
     """
 
     def __init__(
         self,
         roster: Roster,
-        selector: selectors.BaseSelector,
         read: Callable[[], Checked],
+        manager: Manager,
+        store: Store,
         control: Bound | None,
+        lock: Lock | None,
     ) -> None:
         self.roster = roster
-        self.selector = selector
+        self.selector = selector = roster.selector
         self.renewals = Renewals(roster, selector, read, lambda: self.write_state()[0], self.hand_over)
         self.control_listener = control
         listener = control.listener.socket if control else None
         self.control = Control(listener, selector, lambda request: commands.answer(self, request))
+        self.manager, self.store, self.lock = manager, store, lock
+        self.told_phase = Phase.BOOTING
         self.watcher: Watcher | None = None  # in dev mode
         self.started = monotonic()
         self.is_ready = False
@@ -72,13 +79,12 @@ class Master:
         selector.register(self.wakeup, selectors.EVENT_READ, self.answer_signals)
         become_subreaper()
         setproctitle(f"preforkd: master {self.name}")
-        roster.board.daemon[STARTED_AT] = roster.board.daemon[STARTED_AT] or time_ns()
 
-    def resume(self, inherited: Inheritance) -> None:
-        """Go on for a master before us under our pid."""
-        self.is_ready, self.started = True, inherited.started
-        self.sizes_before_drain = inherited.sizes_before_drain
-        self.renewals.resume(inherited.release)
+    def resume(self, release: str, around: Surroundings) -> None:
+        """Go on for a master of this release before us under our pid."""
+        self.is_ready, self.told_phase, self.started = True, Phase.SERVING, around.started
+        self.sizes_before_drain = around.sizes_before_drain
+        self.renewals.resume(release)
         self.reap()
 
     @property
@@ -116,12 +122,14 @@ class Master:
         if monotonic() >= self.next_heartbeat:
             self.beat()
         self.control.settle()
+        if self.manager.is_there:
+            self.tell_manager()
 
     def patience(self) -> float:
         """Until the earliest deadline, in seconds."""
         if self.is_stopping and not self.is_waited_for:
             return 0.0
-        times = [self.next_heartbeat, self.renewals.wake_at(), self.control.wake_at()]
+        times = [self.next_heartbeat, self.renewals.wake_at(), self.control.wake_at(), self.manager.wake_at]
         return max(0.0, min(*times, *(service.wake_at() for service in self.roster)) - monotonic())
 
     @property
@@ -145,9 +153,34 @@ class Master:
         self.is_ready = True
         workers = sum(len(service.pool.children) for service in self.roster)
         log.event("ready", pid=os.getpid(), workers=workers, seconds=round(monotonic() - self.started, 3))
-        notify.systemd("READY=1", f"STATUS={workers} workers ready", f"MAINPID={os.getpid()}")
         if self.roster.checked.settings.ready_fd:
-            notify.newline(self.roster.checked.settings.ready_fd)
+            newline(self.roster.checked.settings.ready_fd)
+
+    @property
+    def phase(self) -> Phase:
+        """What we are about, as far as a service manager is patient with it."""
+        if self.is_stopping:
+            return Phase.STOPPING
+        if self.renewals.reload is not None:
+            return Phase.RELOADING
+        return Phase.SERVING if self.is_ready else Phase.BOOTING
+
+    def status(self) -> str:
+        """How we are, in a line for the service manager."""
+        children = [child for service in self.roster.targets for child in service.pool.children.values()]
+        busy, last = sum(child.busy for child in children), self.renewals.last
+        return status_line(busy, len(children) - busy, self.roster.generation, str(last) if last else None)
+
+    def tell_manager(self) -> None:
+        """Tell the service manager what has changed, and what it wants to hear again and again."""
+        phase, before, status = self.phase, self.told_phase, self.status()
+        self.told_phase = phase
+        if phase is Phase.RELOADING and before is not phase:
+            self.manager.reloading()
+        elif phase is Phase.SERVING and before is not phase:
+            self.store.sync(self.roster.bound, self.roster.board)
+            self.manager.ready(status)
+        self.manager.turn(phase, status, is_well=all(service.is_manned for service in self.roster.targets))
 
     def stop_exporter_last(self) -> None:
         """Have it show the drain of the others to its end."""
@@ -195,7 +228,7 @@ class Master:
         """Want nothing any more, in this haste or in that of an earlier call, whichever is greater."""
         log.event("stopping", haste=haste.name.lower())
         if not self.is_stopping:
-            notify.systemd("STOPPING=1")
+            self.manager.stopping()
         self.is_stopping = True
         self.renewals.stop()
         for service in self.roster:
@@ -216,11 +249,13 @@ class Master:
         log.event("handing_over", python=python)
         if self.watcher is not None:
             self.watcher.stop()
-        return f"{python}: {execute(python, *self.write_state(), SIGNALS).strerror}"
+        state, needed = self.write_state()
+        return f"{python}: {execute(python, state, needed, self.manager.environment(), SIGNALS).strerror}"
 
     def write_state(self) -> tuple[int, list[int]]:
         """What a successor needs to know, as a descriptor, and the descriptors that it needs, that one among them."""
-        return hand_over(self.roster, self.control_listener, self.started, self.sizes_before_drain)
+        around = Surroundings(self.started, self.sizes_before_drain, self.control_listener, self.lock, self.store.names)
+        return hand_over(self.roster, around)
 
     def dump(self) -> None:
         """Write the state of every lane and the stacks of every worker to the log."""

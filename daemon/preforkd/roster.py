@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from preforkd import log, settings
-from preforkd.listeners import Address, Bound, ListenError, Rules, bind
+from preforkd.descriptors import Inherited, Place, places
+from preforkd.listeners import Address, Bound, ListenError, Rules
+from preforkd.notify import Manager
 from preforkd.service import Service
 from preforkd.sources import EXPORTER, Checked, Faults, changes_that_need_a_restart
 from preforkd_workers.scoreboard import Scoreboard
@@ -23,9 +25,11 @@ class Change:
     """What is to be served from now on, and what that changes. The listeners for it are open."""
 
     checked: Checked
-    loaded: dict[str, list[Bound]]  # the services to be loaded, with their listeners
+    names: list[str]  # of the services to be loaded
+    loaded: dict[str, list[Bound]]  # with their listeners
     removed: list[str]
     opened: list[Bound] = field(default_factory=list)
+    held: list[tuple[Bound, Address, Rules]] = field(default_factory=list)  # open already, and what they are to become
 
     def settings_of(self, name: str) -> settings.Service:
         return EXPORTER_SERVICE if name == EXPORTER else self.checked.settings.services[name]
@@ -34,8 +38,17 @@ class Change:
 class Roster:
     """The services by name, and those that are leaving."""
 
-    def __init__(self, checked: Checked, board: Scoreboard, selector: selectors.BaseSelector) -> None:
+    def __init__(
+        self,
+        checked: Checked,
+        board: Scoreboard,
+        selector: selectors.BaseSelector,
+        manager: Manager,
+        inherited: Inherited | None = None,
+    ) -> None:
         self.checked = checked
+        self.manager = manager
+        self.inherited = inherited or Inherited()
         self.board = board
         self.selector = selector
         self.generation = 0
@@ -65,44 +78,59 @@ class Roster:
         if only is not None:
             checked, names = self._narrowed(checked, only), [name for name in names if name in only]
         faults = changes_that_need_a_restart(self.checked, checked)
-        removed = [name for name in self.services if name not in _names(checked)]
-        change = Change(checked, {name: [] for name in names}, removed)
+        change = Change(checked, names, {}, [name for name in self.services if name not in _names(checked)])
         if not self.board.has_room_for({name: [each.url for each in checked.addresses[name]] for name in names}):
             faults.append("services: more than the scoreboard can describe, with those that were here before")
-        # A service that stays as it is keeps its listeners.
-        taken = [
-            bound for name, each in self.services.items() if only and name not in names for bound in each.listeners
-        ]
-        free = [bound for bound in self.bound if bound not in taken]
-        for name in names:
-            for address in checked.addresses[name]:
-                held = self._held(name, address, free)
-                if held is not None:
-                    free.remove(held)
-                    change.loaded[name].append(held)
-                    faults += [f"services.{name}.listen: {why}" for why in [held.cannot_become(address)] if why]
-                    continue
-                if _is_inherited(address) and self.generation:  # by now the number may be anything of ours
-                    faults.append(f"services.{name}.listen: {address.url}: is passed at the start; needs a restart")
-                    continue
-                try:
-                    made = bind(address, rules_of(change.settings_of(name)))
-                except ListenError as refusal:
-                    faults.append(f"{name if name == EXPORTER else f'services.{name}.listen'}: {refusal}")
-                    continue
-                change.loaded[name].append(made)
-                change.opened.append(made)
+        missing = {name: self._hold(change, name) for name in names}
+        for bound, address, _ in change.held:
+            faults += [f"{_where(change, bound)}: {why}" for why in [bound.cannot_become(address)] if why]
+        try:
+            found = places(missing, self.inherited)
+            self.inherited.let_go(self.manager)
+            for place in found:
+                self._open(change, place, faults)
+        except ListenError as refusal:
+            faults.append(str(refusal))
         if faults:
             for made in change.opened:
                 made.close()
             raise Faults(faults)
         return change
 
-    def _held(self, name: str, address: Address, free: Sequence[Bound]) -> Bound | None:
-        """The listener that is open for this address. Where any port will do, none that another service has."""
-        others = [bound for other, each in self.services.items() if other != name for bound in each.listeners]
-        found = [bound for bound in free if bound.serves(address)]
-        return next((bound for bound in found if address.place is not None or bound not in others), None)
+    def _hold(self, change: Change, name: str) -> list[Address]:
+        """Have a service keep, or take over, what is open already. Returns the addresses that are not."""
+        change.loaded[name] = []
+        missing = []
+        for address in change.checked.addresses[name]:
+            found = [bound for bound in self._free(change, name, address) if bound.serves(address)]
+            for bound in found if address.scheme == "fd" else found[:1]:
+                change.loaded[name].append(bound)
+                change.held.append((bound, address, rules_of(change.settings_of(name))))
+            if not found:
+                missing.append(address)
+        return missing
+
+    def _free(self, change: Change, name: str, address: Address) -> list[Bound]:
+        """The listeners that the service may have: not those of one that stays as it is, nor, where any port will do,
+        of any other."""
+        taken = [bound for bound, _, _ in change.held]
+        for other, service in self.services.items():
+            if other != name and (address.place is None or other not in change.names):
+                taken += service.listeners
+        return [bound for bound in self.bound if bound not in taken]
+
+    def _open(self, change: Change, place: Place, faults: list[str]) -> None:
+        where = EXPORTER if place.service == EXPORTER else f"services.{place.service}.listen"
+        if place.address.scheme == "fd" and self.generation:  # by now the number may be anything of ours
+            faults.append(f"{where}: {place.address.url}: is passed at the start; needs a restart")
+            return
+        try:
+            made = place.open(rules_of(change.settings_of(place.service)))
+        except ListenError as refusal:
+            faults.append(f"{where}: {refusal}")
+            return
+        change.loaded[place.service].append(made)
+        change.opened.append(made)
 
     def _narrowed(self, checked: Checked, only: frozenset[str]) -> Checked:
         """The settings that are in effect, but for these services."""
@@ -140,13 +168,13 @@ class Roster:
     def commit(self, change: Change) -> None:
         """The change is in effect: let go of what it has replaced."""
         self.checked = change.checked
-        for name, listeners in change.loaded.items():
+        for name in change.loaded:
             self.services[name].commit()
-            for bound, address in zip(listeners, change.checked.addresses[name], strict=True):
-                try:
-                    bound.become(address, rules_of(change.settings_of(name)))
-                except OSError as error:
-                    log.event("listener_unchanged", service=name, url=bound.listener.url, reason=error.strerror)
+        for bound, address, rules in change.held:
+            try:
+                bound.become(address, rules)
+            except OSError as error:
+                log.event("listener_unchanged", url=bound.listener.url, reason=error.strerror)
         for name in change.removed:
             self._remove(name)
         wanted = [bound for service in self.services.values() for bound in service.listeners]
@@ -194,7 +222,7 @@ def not_passed(checked: Checked) -> list[str]:
         (f"services.{name}.listen: {address.url}", address.number)
         for name, addresses in checked.addresses.items()
         for address in addresses
-        if _is_inherited(address)
+        if address.number >= 0
     ]
     if checked.settings.ready_fd:
         asked.append((f"ready_fd: {checked.settings.ready_fd}", checked.settings.ready_fd))
@@ -205,13 +233,15 @@ def not_passed(checked: Checked) -> list[str]:
     ]
 
 
-def _is_inherited(address: Address) -> bool:
-    return address.scheme == "fd"
-
-
 def _names(checked: Checked) -> list[str]:
     return [*checked.settings.services, *([EXPORTER] if checked.settings.metrics else [])]
 
 
-def _service_of(change: Change, made: Bound) -> str:
-    return next(name for name, listeners in change.loaded.items() if made in listeners)
+def _service_of(change: Change, bound: Bound) -> str:
+    return next(name for name, listeners in change.loaded.items() if bound in listeners)
+
+
+def _where(change: Change, bound: Bound) -> str:
+    """The setting that a fault of a listener belongs to."""
+    name = _service_of(change, bound)
+    return EXPORTER if name == EXPORTER else f"services.{name}.listen"

@@ -16,7 +16,8 @@ class Place:
     """Where the control socket is, and whether somebody has said so."""
 
     path: str
-    is_configured: bool
+    is_configured: bool  # by the setting
+    is_chosen: bool = True  # by the setting, or by who has started us
 
 
 def directories(name: str, environment: Mapping[str, str]) -> list[str]:
@@ -35,7 +36,8 @@ def control_place(name: str, configured: str, environment: Mapping[str, str]) ->
     """Where the daemon of this name has its control socket; ``configured`` is the setting ``control``."""
     if configured:
         return Place(os.path.abspath(configured), True)
-    return Place(os.path.join(directories(name, environment)[0], SOCKET), False)
+    is_chosen = bool(environment.get("RUNTIME_DIRECTORY"))
+    return Place(os.path.join(directories(name, environment)[0], SOCKET), False, is_chosen)
 
 
 def make_directory(path: str) -> None:

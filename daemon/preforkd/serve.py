@@ -4,17 +4,22 @@ import os
 import selectors
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from time import monotonic, time_ns
 
-from preforkd import handover, limits, log, settings
+from preforkd import handover, limits, log, molds, settings
 from preforkd.control import listen
+from preforkd.descriptors import Inherited, Store, scoreboard
 from preforkd.exits import Exit
+from preforkd.handover import Surroundings
 from preforkd.listeners import Bound, ListenError
 from preforkd.master import SIGNALS, Master
+from preforkd.notify import Manager
 from preforkd.roster import Roster, not_passed
 from preforkd.runtime import control_place, make_directory
 from preforkd.sources import Checked, Faults
+from preforkd.takeover import Held, Lock, Namesake, Stopped, take_over
 from preforkd.wakeup import release
-from preforkd_workers.scoreboard import Scoreboard
+from preforkd_workers.scoreboard import STARTED_AT
 
 
 def serve(checked: Checked, read: Callable[[], Checked], watched: Sequence[str] | None = None) -> Exit:
@@ -26,43 +31,59 @@ def serve(checked: Checked, read: Callable[[], Checked], watched: Sequence[str] 
     # Before we open anything under a number that was meant to be inherited.
     if refusals := not_passed(checked):
         return _cannot_start(refusals)
+    manager, inherited = Manager.take(os.environ), Inherited.take(os.environ)
     with ExitStack() as tidy:
+        try:
+            lock, control = _move_in(checked.settings, manager, tidy)
+        except (Held, ListenError) as refusal:
+            return _cannot_start([str(refusal)])
+        except Stopped:
+            log.event("stopped", status=Exit.STOPPED.value)
+            return Exit.STOPPED
         selector = tidy.enter_context(selectors.DefaultSelector())
-        roster = Roster(checked, Scoreboard.create(checked.settings.name), selector)
+        roster = Roster(checked, scoreboard(checked.settings.name, inherited), selector, manager, inherited)
         tidy.callback(roster.close)
-        change, refusals = None, list[str]()
         try:
             change = roster.examine(checked)
         except Faults as faults:
-            refusals = faults.lines
-        try:
-            control = _control(checked.settings, tidy)
-        except ListenError as refusal:
-            refusals.append(f"control: {refusal}")
-        if change is None or refusals:
-            return _cannot_start(refusals)
+            return _cannot_start(faults.lines)
         limits.use_all_descriptors()
+        roster.board.daemon[STARTED_AT] = time_ns()
         for service in roster.load(change):
             service.roll(checked.settings.max_old_generations)
         roster.commit(change)
-        return _run(Master(roster, selector, read, control), watched)
+        if control is not None:
+            log.event("control", path=control.path)
+        around = Surroundings(monotonic(), {}, control, lock, inherited.taken)
+        return _run(_master(roster, read, manager, around, tidy), watched)
 
 
 def resume(state: int, read: Callable[[], Checked], watched: Sequence[str] | None = None) -> Exit:
     """Go on where a master before us under the same pid has handed over, and reload. Signals as for ``serve``."""
     inherited = handover.read(state)
     os.close(state)
+    manager = Manager.take(os.environ)
     with ExitStack() as tidy:
+        around = handover.surroundings(inherited)
+        if around.lock is not None:
+            _keep(around.lock, tidy)
+        if around.control is not None:
+            tidy.callback(around.control.close)
         selector = tidy.enter_context(selectors.DefaultSelector())
-        roster = handover.take_over(inherited, selector)
+        roster = handover.take_over(inherited, selector, manager)
         tidy.callback(roster.close)
-        control = handover.control(inherited)
-        if control is not None:
-            tidy.callback(control.close)
         limits.use_all_descriptors(inherited.nofile)
-        master = Master(roster, selector, read, control)
-        master.resume(inherited)
+        master = _master(roster, read, manager, around, tidy)
+        master.resume(inherited.release, around)
         return _run(master, watched)
+
+
+def _master(
+    roster: Roster, read: Callable[[], Checked], manager: Manager, around: Surroundings, tidy: ExitStack
+) -> Master:
+    manager.attend(roster.selector)
+    tidy.callback(manager.close)
+    return Master(roster, read, manager, Store(manager, around.stored), around.control, around.lock)
 
 
 def _run(master: Master, watched: Sequence[str] | None) -> Exit:
@@ -76,22 +97,39 @@ def _run(master: Master, watched: Sequence[str] | None) -> Exit:
         return master.serve_forever()
 
 
-def _control(wanted: settings.Settings, tidy: ExitStack) -> Bound | None:
-    """The control socket; None when it could not be had. Raises ListenError when it was asked for."""
+def _move_in(wanted: settings.Settings, manager: Manager, tidy: ExitStack) -> tuple[Lock | None, Bound | None]:
+    """The lock, once nobody of an earlier instance is left, and the control socket; None: we do without.
+
+    Raises Stopped; Held and ListenError when somebody has chosen the place where we cannot be.
+    """
     place = control_place(wanted.name, wanted.control, os.environ)
+    lock = Lock(f"{place.path}.lock")
     try:
         if not place.is_configured:
             make_directory(os.path.dirname(place.path))
+        take_over(lock, wanted.takeover_timeout, manager, is_default=not place.is_chosen)
+        _keep(lock, tidy)
         made = listen(place.path)
-    except (ListenError, OSError) as error:
-        reason = str(error) if isinstance(error, ListenError) else f"{error.filename}: {error.strerror}"
+    except (ListenError, Namesake, OSError) as error:
+        reason = _explain(error, place.path) if isinstance(error, OSError) else str(error)
         if place.is_configured:
-            raise ListenError(reason) from error
+            raise ListenError(f"control: {reason}") from error
         log.event("no_control", reason=reason, advice="say where: --control PATH")
-        return None
+        return (lock if lock.descriptor >= 0 else None), None
     tidy.callback(made.close)
-    log.event("control", path=place.path)
-    return made
+    return lock, made
+
+
+def _explain(error: OSError, path: str) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"unix:{path}: no such directory: {os.path.dirname(path)}"
+    return f"unix:{path}: {error.filename}: {error.strerror}"
+
+
+def _keep(lock: Lock, tidy: ExitStack) -> None:
+    """Have every process of ours hold it."""
+    molds.KEPT.add(lock.descriptor)
+    tidy.callback(lock.release)
 
 
 def _cannot_start(refusals: Sequence[str]) -> Exit:

@@ -227,7 +227,7 @@ class PreForkingMixIn(socketserver.BaseServer):
         for hook in ("process_request", "service_actions"):  # where nobody overrides ours, do without the detour
             if getattr(type(self), hook) is getattr(PreForkingMixIn, hook):
                 setattr(self, hook, getattr(super(), hook))
-        worker = process.Worker([self], lifeline, row, orphan_timeout=self.graceful_timeout + self.eof_timeout)
+        worker = process.Worker([self], lifeline, row, self.graceful_timeout, self.eof_timeout)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         process.open_for_service(row, lifeline)
         worker.lane.run(poll_interval)

@@ -11,7 +11,7 @@ from preforkd.backlog import sample
 from preforkd.children import Child
 from preforkd.generations import Generation, spec_of
 from preforkd.listeners import Bound
-from preforkd.plan import Timeouts, Wanted
+from preforkd.plan import State, Timeouts, Wanted
 from preforkd.pool import Pool
 from preforkd.transaction import Count, Event, Probation, judge, judge_roll
 from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard
@@ -177,6 +177,13 @@ class Service:
     def reap(self, pid: int) -> bool:
         """Collect the exit status of this pid, if it is one of the service's own. Whether it was."""
         return any(generation.reap(pid) for generation in self.generations.values()) or self.pool.reap(pid)
+
+    @property
+    def is_manned(self) -> bool:
+        """Whether somebody serves, or is about to within a deadline, or nobody is wanted: else the watchdog starves."""
+        is_importing = any(each.mold is not None and not each.mold.ready for each in self.generations.values())
+        states = {child.state for child in self.pool.children.values()}
+        return not self.pool.size or is_importing or bool(states & {State.BOOTING, State.READY})
 
     @property
     def is_waited_for(self) -> bool:

@@ -42,7 +42,9 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = ""
     listen: Annotated[
         list[str],
-        Meta(description="addresses, as `tcp://host:port`, `udp://…`, `unix:path`, `unix-dgram:path`, `fd:3`"),
+        Meta(
+            description="addresses, as `tcp://host:port`, `udp://…`, `unix:path`, `unix-dgram:path`, `fd:3`, `fd:NAME`"
+        ),
     ] = field(default_factory=list)
     kind: Annotated[Literal["process"], Meta(description="kind of worker: `process` handles one request at a time")] = (
         "process"
@@ -112,6 +114,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         Meta(description="path of the control socket; empty: in the runtime directory", extra=_NEEDS_RESTART),
     ] = ""
+    takeover_timeout: Annotated[
+        float, _duration("at start, for those of an earlier instance to leave, if some still live")
+    ] = 10.0
     ready_fd: Annotated[
         int,
         Meta(

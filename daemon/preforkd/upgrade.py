@@ -8,7 +8,7 @@ import os
 import selectors
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
 
@@ -108,8 +108,14 @@ class Preflight:
                 self.selector.unregister(self._reader)
 
 
-def execute(python: str, state: int, needed: Sequence[int], signals: Iterable[signal.Signals]) -> OSError:
-    """Become the successor, which answers what comes of these signals meanwhile.
+def execute(
+    python: str,
+    state: int,
+    needed: Sequence[int],
+    environment: Mapping[str, str],
+    signals: Iterable[signal.Signals],
+) -> OSError:
+    """Become the successor, with this added to the environment. It answers what comes of these signals meanwhile.
 
     Returns only when the system refuses, and why; then nothing has changed.
     """
@@ -117,7 +123,7 @@ def execute(python: str, state: int, needed: Sequence[int], signals: Iterable[si
         os.set_inheritable(descriptor, True)
     with held(signals):
         try:
-            os.execve(python, command(python, "serve"), {**os.environ, VARIABLE: str(state)})
+            os.execve(python, command(python, "serve"), {**os.environ, **environment, VARIABLE: str(state)})
         except OSError as error:
             refusal = error
     for descriptor in needed:

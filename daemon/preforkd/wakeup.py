@@ -20,6 +20,12 @@ class WakeUp:
     def fileno(self) -> int:
         return self._reader
 
+    def close(self) -> None:
+        """Leave the signals to whoever is next."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._reader)
+        os.close(self._writer)
+
     def arrived(self) -> list[signal.Signals]:
         """The signals that have come since the last time, each once, in order."""
         try:

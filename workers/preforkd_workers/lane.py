@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from socketserver import BaseServer, ForkingMixIn, TCPServer, ThreadingMixIn, UDPServer
 from time import monotonic
 from typing import Any
@@ -235,15 +236,18 @@ class Lane:
         actions = [s.service_actions for s in self.servers if _overrides(s, BaseServer, "service_actions")]
         with self.poll() as epoll:
             patience = poll_interval if actions else None
+            is_woken = False
             while not self.draining:
                 try:
                     took_any = self._take(turns, actions)
                 except Starved as error:
                     self.hold_back(error)
                     continue
-                self.wait(epoll, 0 if took_any or self.draining else patience)
+                is_woken = self.wait(epoll, 0 if took_any or self.draining else patience)
                 for act in actions:
                     act()
+            if is_woken:
+                self.take_last()
 
     def turns(self) -> list[Turn]:
         """The turn of each server, made once: the general one puts probes into its server."""
@@ -259,10 +263,17 @@ class Lane:
         epoll.register(self.lifeline.fileno(), select.EPOLLIN)
         return epoll
 
-    def wait(self, epoll: select.epoll, patience: float | None) -> None:
-        """Wait for as many seconds; drain if the lifeline says so."""
-        if any(descriptor == self.lifeline.fileno() for descriptor, _ in epoll.poll(patience)):
+    def wait(self, epoll: select.epoll, patience: float | None) -> bool:
+        """Wait for as many seconds; drain if the lifeline says so. Whether it was a listener that woke us."""
+        ready = {descriptor for descriptor, _ in epoll.poll(patience)}
+        if self.lifeline.fileno() in ready:
             self.drain()
+        return patience != 0 and bool(ready - {self.lifeline.fileno()})
+
+    def take_last(self) -> None:
+        """Take what has woken us although we drain: nobody else is woken for it, and nobody might come by."""
+        with suppress(Starved):
+            any(turn() for turn in self.turns())
 
     def _take(self, turns: list[Turn], actions: list[Callable[[], None]]) -> bool:
         """Take what is there, at most BUSY_TURNS times; whether there may be more."""

@@ -119,8 +119,7 @@ class Mold:
             server.scoreboard = spec.scoreboard  # type: ignore[attr-defined]
         if not self._start(target, slot, lifeline):
             sys.exit(1)
-        timeout = spec.graceful_timeout + spec.eof_timeout
-        worker = Worker(target.servers, lifeline, row, orphan_timeout=timeout, hooks=target.hooks)
+        worker = Worker(target.servers, lifeline, row, spec.graceful_timeout, spec.eof_timeout, target.hooks)
         process.open_for_service(row, lifeline)
         worker.serve()
 

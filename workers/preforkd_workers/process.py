@@ -3,8 +3,10 @@
 The worker leaves by ``os._exit`` only: what the mold has on its stack and in its exit handlers is the mold's.
 """
 
+import _thread
 import faulthandler
 import os
+import select
 import signal
 import socket
 import sys
@@ -37,12 +39,14 @@ class Worker:
         servers: list[BaseServer],
         lifeline: Lifeline,
         row: memoryview,
-        orphan_timeout: float,
+        graceful_timeout: float,
+        eof_timeout: float,
         hooks: Hooks | None = None,
     ) -> None:
         self.parent = os.getppid()
         self.hooks = hooks or Hooks()
-        self.orphan_timeout = orphan_timeout
+        self.graceful_timeout, self.eof_timeout = graceful_timeout, eof_timeout
+        self.is_orphan = False
         threaded = any(isinstance(server, ThreadingMixIn) for server in servers)
         self.tally = ThreadedTally(row) if threaded else Tally(row)
         self.lane = Lane(servers, lifeline, self.tally)
@@ -67,8 +71,20 @@ class Worker:
             return
         self.lane.lifeline.leaving()
         self.lane.drain()
-        if os.getppid() != self.parent:
-            faulthandler.dump_traceback_later(self.orphan_timeout, exit=True)
+        if os.getppid() != self.parent and not self.is_orphan:
+            self._limit_itself()
+
+    def _limit_itself(self) -> None:
+        """Nobody is left who would: be gone within ``graceful_timeout``; before that, the handlers read end-of-file."""
+        self.is_orphan = True
+        last = max(self.graceful_timeout, 0.001)  # faulthandler wants some
+        faulthandler.dump_traceback_later(last, exit=True)
+        # Not threading's: this is a signal handler, and may have interrupted somebody who holds that module's locks.
+        _thread.start_new_thread(self._end_of_file_after, (max(last - self.eof_timeout, last / 2),))
+
+    def _end_of_file_after(self, seconds: float) -> None:
+        select.select([], [], [], seconds)
+        self.end_of_file()
 
     def end_of_file(self) -> None:
         """Step two: the handlers read end-of-file, as if their clients had left."""

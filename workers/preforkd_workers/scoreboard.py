@@ -138,11 +138,6 @@ class Service:
         row[STATE], row[PID] = EMPTY, 0
         return int(killed)
 
-    def settle_rows(self) -> None:
-        """Take over every row from lanes of a master before us. None of them is alive any more."""
-        for index in range(self.words[ROWS_USED]):
-            self.words[KILLED] += self.settle_row(index)
-
 
 class Scoreboard:
     """The mapped file. Made by the master before anything is forked; attached to by descriptor elsewhere."""

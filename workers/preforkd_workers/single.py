@@ -43,18 +43,25 @@ class Single:
             self._epoll = lane.poll()
         if self._busy_turns >= BUSY_TURNS:
             self._wait(0.0)
-        if lane.draining:
-            raise Drained(0)
+        self._go_on()
+        is_woken = False
         while not lane.draining:
             try:
                 if self._take():
-                    break
+                    return
             except Starved as error:
                 lane.hold_back(error)
             if (patience := end - monotonic()) < 0:
                 server.handle_timeout()
-                break
-            self._wait(patience)
+                return
+            is_woken = self._wait(patience)
+        if is_woken:
+            lane.take_last()
+        return
+
+    def _go_on(self) -> None:
+        if self._lane.draining:
+            raise Drained(0)
 
     def _take(self) -> bool:
         """One request of whichever server has one, each being the first to be asked in its turn."""
@@ -63,10 +70,10 @@ class Single:
         turns.append(turns.pop(0))
         return any(turn() for turn in turns)
 
-    def _wait(self, patience: float) -> None:
+    def _wait(self, patience: float) -> bool:
         assert self._epoll is not None
         self._busy_turns = 0
-        self._lane.wait(self._epoll, None if patience == float("inf") else patience)
+        return self._lane.wait(self._epoll, None if patience == float("inf") else patience)
 
     def _timeout_of(self, server: Any) -> float | None:
         """The lesser of the socket's time-out and the server's, in seconds.
