@@ -680,15 +680,17 @@ def test_a_scrape_is_answered_at_every_moment(site: Site) -> None:
 
 
 def test_a_master_short_of_descriptors_takes_a_reload_back(site: Site) -> None:
-    site.start('max_children = 4\nprobation = "0s"\nboot_timeout = "1s"')
+    tried = on_probation(site, f'{TRIED}\nboot_timeout = "1s"')
     limits = resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE)
-    few = site.daemon.descriptors() + 2  # for a mold, and not for a worker
-    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (few, limits[1]))
-    site.write("two")
-    assert "phase=rolling" in site.reload("rolled_back")
-    assert site.daemon.log.matches("^spawn_refused .*RLIMIT_NOFILE")
-    assert site.versions(4) == {"one"}
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (5, limits[1]))
+    ask_of(site, tried, "version", 5)
+    site.daemon.log.wait_for("^spawn_refused .*RLIMIT_NOFILE")
+    assert "phase=rolling" in site.ended("rolled_back")
+    assert len(site.daemon.workers()) >= 2  # of both generations: nobody is sent away before there is another
     resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, limits)
+    eventually(lambda: site.versions(4) == {"one"})
+    eventually(lambda: tried not in site.daemon.alive())
+    site.settings(TWO)
     site.reload()
     assert site.versions(4) == {"two"}
 
