@@ -1,5 +1,7 @@
 """Reload as a transaction: new code and settings serve, or the old ones go on as if nothing had been."""
 
+import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.daemon import DEADLINE, eventually
-from tests.site import Site, Talk, free_port, kill
+from tests.site import Site, Talk, free_port, kill, udp
 
 METRICS = 'metrics = "tcp://127.0.0.1:0"'
 TWO = 'max_children = 2\nprobation = "0s"'
@@ -559,3 +561,173 @@ def test_the_exporter_comes_moves_and_goes(site: Site) -> None:
     site.reload()
     assert not is_open(second)
     eventually(lambda: not site.daemon.titled("worker metrics") + site.daemon.titled("mold metrics"))
+
+
+def test_unix_sockets_move_between_services_and_change_their_mode(site: Site) -> None:
+    a, b = site.directory / "a.sock", site.directory / "b.sock"
+
+    def settle(first: Path, second: Path, options: str = "") -> None:
+        other = f'[services.other]\ntarget = "app.py:Handler"\nlisten = ["unix:{second}"]'
+        site.settings(f"{TWO}\n{other}\n{TWO}", listen=f"unix:{first}{options}")
+
+    def ask(path: Path) -> str:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DEADLINE)
+            client.connect(str(path))
+            client.sendall(b"version\n")
+            return client.recv(100).decode()
+
+    site.write("one")
+    settle(a, b)
+    site.daemon = site.serve("-c", "preforkd.toml")
+    settle(b, a, "?mode=0600")
+    site.reload()
+    assert ask(a) == ask(b) == "one\n"
+    assert (a.stat().st_mode & 0o777, b.stat().st_mode & 0o777) == (0o666, 0o600)
+    settle(b, site.directory / "c.sock")
+    site.reload()
+    assert not a.exists()
+    assert ask(b) == ask(site.directory / "c.sock") == "one\n"
+    assert b.stat().st_mode & 0o777 == 0o666
+
+
+@pytest.mark.parametrize(
+    ("listen", "said"),
+    [
+        ("unix-dgram:{path}", "unix cannot become unix-dgram in place; needs a restart"),
+        ("unix:{path}?user=nobody-of-that-name", "there is no user 'nobody-of-that-name'"),
+        ("fd:5", "is passed at the start; needs a restart"),
+        ("fd:8", "is passed at the start; needs a restart"),
+        ("tcp://" + "a" * 64 + ":1", "no host can have such a name"),
+    ],
+)
+def test_listeners_that_cannot_be_are_refused_and_the_master_survives_them(site: Site, listen: str, said: str) -> None:
+    path = site.directory / "a.sock"
+    site.write("one")
+    site.settings(TWO, listen=f"unix:{path}")
+    site.daemon = site.serve("-c", "preforkd.toml")
+    eventually(lambda: len(site.daemon.family()) == 3)  # two workers and a mold
+    before = site.daemon.family(), site.daemon.descriptors()
+    site.settings(TWO, listen=listen.format(path=path))
+    assert said in site.reload("refused")
+    assert (site.daemon.family(), site.daemon.descriptors()) == before
+    site.settings(TWO, listen=f"unix:{path}")
+    site.reload()
+
+
+def test_a_datagram_that_is_being_answered_is_answered_although_its_listener_goes(site: Site) -> None:
+    os.mkfifo(site.directory / "gate")
+    text = 'max_children = 1\nprobation = "0s"'
+
+    def settle(port: int) -> None:
+        site.settings(text, listen=f"udp://127.0.0.1:{port}")
+        path = site.directory / "preforkd.toml"
+        path.write_text(path.read_text().replace("Handler", "Datagram"))
+
+    site.write("one")
+    settle(free_port(socket.SOCK_DGRAM))
+    site.daemon = site.serve("-c", "preforkd.toml")
+    with udp(site.daemon.address()) as client:
+        client.send(b"slow")
+        assert client.recv(100) == b"begun"
+        new = free_port(socket.SOCK_DGRAM)
+        settle(new)
+        site.write("two")
+        site.reload()
+        with open(site.directory / "gate", "w"):
+            pass
+        assert client.recv(100) == b"one"
+    with udp(("127.0.0.1", new)) as client:
+        client.send(b"quick")
+        assert client.recv(100) == b"two"
+
+
+def test_a_longer_queue_takes_effect(site: Site) -> None:
+    site.start(TWO, METRICS)
+    limit = f'preforkd_listen_backlog_limit{{listener="{site.daemon.url()}",service="app"}}'
+    eventually(lambda: site.daemon.metrics().get(limit) == 1024)
+    site.settings(f"{TWO}\nrequest_queue_size = 77", METRICS)
+    site.reload()
+    eventually(lambda: site.daemon.metrics()[limit] == 77)
+
+
+def test_where_any_port_will_do_every_service_keeps_its_own(site: Site) -> None:
+    any_port = (
+        '\n[services.{}]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:0"]\nmax_children = 1\nprobation = "0s"'
+    )
+    site.start(TWO + any_port.format("second"), METRICS)
+    ports = [site.daemon.address(name)[1] for name in ("app", "second", "metrics")]
+    site.settings(f"{any_port.format('zeroth')}{any_port.format('second')}", METRICS, name="app")
+    site.reload()
+    assert not site.daemon.log.matches("^closed")
+    site.settings("", METRICS, name="second")
+    site.reload()
+    assert [is_open(port) for port in ports] == [False, True, True]
+
+
+def test_a_scrape_is_answered_at_every_moment(site: Site) -> None:
+    site.start(TWO, METRICS)
+    done = 'preforkd_reloads_total{result="done"}'
+    before = 0.0
+    for number in range(1, 6):
+        site.write(f"v{number}")
+        site.hup()
+        while (now := site.daemon.metrics())[done] < number:
+            assert now['preforkd_workers_max{service="app"}'] == 2
+            assert now['preforkd_worker_spawns_total{service="app"}'] >= before
+            before = now['preforkd_worker_spawns_total{service="app"}']
+        site.ended()
+
+
+def test_a_master_short_of_descriptors_takes_a_reload_back(site: Site) -> None:
+    site.start('max_children = 30\nprobation = "0s"\nboot_timeout = "2s"\nmax_surge = 30')
+    limits = resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE)
+    few = site.daemon.descriptors() + 4
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (few, limits[1]))
+    site.write("two")
+    assert "Too many open files" in site.reload("rolled_back") or site.daemon.log.matches("^(spawn|mold)_refused")
+    assert site.versions(4) == {"one"}
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, limits)
+    site.reload()
+    assert site.versions(4) == {"two"}
+
+
+def test_a_limit_that_is_lowered_while_it_runs_is_no_failure_of_the_code(site: Site) -> None:
+    site.start(TWO)
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (200, 200))
+    site.reload()
+
+
+def test_a_stop_during_a_reload_does_not_wait_when_it_must_not_block(site: Site) -> None:
+    on_probation(site, f"{TRIED}\nblock_on_close = false")
+    talk = Talk(site.daemon)
+    assert site.daemon.stop() == 0
+    assert talk.ask("version") in ("one", "two")
+    talk.close()
+    eventually(lambda: not site.daemon.family())
+
+
+def test_more_services_than_can_be_described_are_refused_and_the_master_survives_them(site: Site) -> None:
+    site.start(TWO)
+    many = [
+        f'[services.{"x" * 1000}{number}]\ntarget = "app.py:Handler"\nlisten = ["unix:@{site.daemon.pid}.{number}"]'
+        for number in range(60)
+    ]
+    site.settings("\n".join([TWO, *many]))
+    assert "more than the scoreboard can describe" in site.reload("refused")
+    site.settings(TWO)
+    site.reload()
+
+
+def test_a_reload_is_done_when_the_old_workers_have_heard_of_it_and_does_not_wait_for_one_who_cannot(
+    site: Site,
+) -> None:
+    site.start(TWO)
+    stopped = site.daemon.workers()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        line = site.reload()
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    seconds = float(line.partition("seconds=")[2].split()[0])
+    assert 1.0 <= seconds < 10.0

@@ -234,3 +234,24 @@ def test_a_reader_in_another_process_never_sees_half_a_word(board: Scoreboard) -
     ours.close()
     assert os.waitpid(pid, 0)[1] == 0
     assert seen == {low, high}
+
+
+def test_a_directory_that_is_written_over_while_it_is_read_is_read_again(board: Scoreboard) -> None:
+    class Interrupted(Scoreboard):
+        """A reader that sleeps between finding out which directory is valid and reading it."""
+
+        def _directory(self, layout: int) -> memoryview:
+            found = super()._directory(layout)
+            if len(board.services) < 3:
+                board.add("third")
+                found[:4] = b"half"  # the master is about to add a fourth
+            return found
+
+    reader = Interrupted.attach(os.dup(board.fd))
+    assert "third" in reader.services
+    os.close(reader.fd)
+
+
+def test_a_board_knows_whether_it_has_room_for_services_before_it_makes_them(board: Scoreboard) -> None:
+    assert board.has_room_for({f"service{number}": ["tcp://127.0.0.1:80"] for number in range(200)})
+    assert not board.has_room_for({"x" * DIRECTORY: []})

@@ -1,6 +1,7 @@
 """The limit on open descriptors: the master needs two for every worker, targets get what they were started with."""
 
 import resource
+from contextlib import suppress
 
 _inherited = resource.getrlimit(resource.RLIMIT_NOFILE)
 
@@ -19,4 +20,5 @@ def inherited() -> tuple[int, int]:
 
 def restore() -> None:
     """Back to the limit that we were started with."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, _inherited)
+    with suppress(ValueError, OSError):  # somebody has lowered it meanwhile (prlimit(2)): so be it
+        resource.setrlimit(resource.RLIMIT_NOFILE, _inherited)

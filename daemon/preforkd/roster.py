@@ -79,6 +79,8 @@ class Roster:
             checked, names = self._narrowed(checked, only), [name for name in names if name in only]
         faults = changes_that_need_a_restart(self.checked, checked)
         change = Change(checked, names, {}, [name for name in self.services if name not in _names(checked)])
+        if not self.board.has_room_for({name: [each.url for each in checked.addresses[name]] for name in names}):
+            faults.append("services: more than the scoreboard can describe, with those that were here before")
         missing = {name: self._hold(change, name) for name in names}
         for bound, address, _ in change.held:
             faults += [f"{_where(change, bound)}: {why}" for why in [bound.cannot_become(address)] if why]

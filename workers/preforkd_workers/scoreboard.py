@@ -19,7 +19,7 @@ written to takes no memory.
 import json
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
@@ -244,13 +244,24 @@ class Scoreboard:
 
     def write_directory(self) -> None:
         """Publish what has changed. Raises MemoryError when the description does not fit."""
-        services = [asdict(entry) for entry in self._entries.values()]
-        text = json.dumps({"version": VERSION, "name": self.name, "end": self._end, "services": services}).encode()
+        text = self._described(self._entries)
         if len(text) >= DIRECTORY:
-            raise MemoryError(f"{len(services)} services need {len(text)} bytes of description, not {DIRECTORY}")
+            raise MemoryError(f"{len(self._entries)} services need {len(text)} bytes of description, not {DIRECTORY}")
         self._layout += 1
         self._directory(self._layout)[: len(text) + 1] = text + b"\0"
         self.daemon[LAYOUT] = self._layout
+
+    def _described(self, entries: Mapping[str, Entry]) -> bytes:
+        services = [asdict(entry) for entry in entries.values()]
+        return json.dumps({"version": VERSION, "name": self.name, "end": self._end, "services": services}).encode()
+
+    def has_room_for(self, services: Mapping[str, Sequence[str]]) -> bool:
+        """Whether these services, with listeners of these URLs, would fit beside all that there are and have been.
+
+        A quarter of the directory is kept for rows to come.
+        """
+        more = {name: Entry(name, self._end, [(url, self._end) for url in urls]) for name, urls in services.items()}
+        return len(self._described({**self._entries, **more})) < DIRECTORY * 3 // 4
 
     def _directory(self, layout: int) -> memoryview:
         start = layout % 2 * (DIRECTORY // WORD)
