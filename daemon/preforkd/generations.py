@@ -101,7 +101,8 @@ class Generation:
 
     def spawn(self, child: Child, end: socket.socket) -> int | None:
         assert self.mold is not None
-        self.mold.ask(child.serial, child.slot, child.row_at, end)
+        on_trial = self.pool.wanted.trial == self.number
+        self.mold.ask(child.serial, child.slot, child.row_at, on_trial, end)
         return None
 
     def lost(self, child: Child, cause: str, failure: str | None) -> None:

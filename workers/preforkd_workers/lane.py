@@ -210,6 +210,7 @@ class Lane:
         self.lifeline = lifeline
         self.tally = tally
         self.draining = False
+        self.on_trial = False  # on probation, and so to be given its share
         self.on_drain: list[Callable[[], None]] = []  # what to call then, once
         self._starved_notice = 0.0
         self._turns: list[Turn] = []
@@ -258,8 +259,11 @@ class Lane:
         """What to wait with: for something to take, or for the end of the lifeline."""
         epoll = select.epoll()
         # Every lane waits on the same listeners: one connection is to wake one lane (epoll_ctl(2), EPOLLEXCLUSIVE).
+        # The first in the queue is woken, which is the oldest: unless there is more to do than it can, a new lane would
+        # get nothing. One on trial is woken each time, beside the first.
+        mode = select.EPOLLIN if self.on_trial else select.EPOLLIN | select.EPOLLEXCLUSIVE
         for server in self.servers:
-            epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            epoll.register(server.fileno(), mode)
         epoll.register(self.lifeline.fileno(), select.EPOLLIN)
         return epoll
 

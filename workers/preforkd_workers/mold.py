@@ -58,8 +58,8 @@ class Mold:
             request, descriptor = protocol.receive(self.channel)
             if request is None or descriptor is None:
                 return
-            serial, slot, row_at = map(int, request.split())
-            self._fork(serial, slot, row_at, descriptor)
+            serial, slot, row_at, on_trial = map(int, request.split())
+            self._fork(serial, slot, row_at, bool(on_trial), descriptor)
             os.close(descriptor)
 
     def _import(self) -> bool:
@@ -72,24 +72,24 @@ class Mold:
             self._tell(f"{NOTICE} {json.dumps([event, fields])}")
         return True
 
-    def _fork(self, serial: int, slot: int, row_at: int, end: int) -> None:
+    def _fork(self, serial: int, slot: int, row_at: int, on_trial: bool, end: int) -> None:
         """Fork twice: the process in the middle tells the master the worker's pid and exits, which gives it away."""
         try:
             middle = os.fork()
             if middle == 0:
-                self._be_middle(serial, slot, row_at, end)
+                self._be_middle(serial, slot, row_at, on_trial, end)
             if _wait_for(middle):
                 self._tell(f"{REFUSED} {serial} the process that forks it was killed")
         except OSError as error:
             self._tell(f"{REFUSED} {serial} {error.strerror}")
 
-    def _be_middle(self, serial: int, slot: int, row_at: int, end: int) -> NoReturn:
+    def _be_middle(self, serial: int, slot: int, row_at: int, on_trial: bool, end: int) -> NoReturn:
         """The master hears the pid before it can see the worker die: it is not its child before we have exited."""
         status, middle = 1, os.getpid()
         try:
             pid = os.fork()
             if pid == 0:
-                process.leave(lambda: self._be_worker(slot, row_at, end, middle))
+                process.leave(lambda: self._be_worker(slot, row_at, on_trial, end, middle))
             self._tell(f"{SPAWNED} {serial} {pid}")
             status = 0
         except OSError as error:
@@ -98,7 +98,7 @@ class Mold:
         finally:
             os._exit(status)
 
-    def _be_worker(self, slot: int, row_at: int, end: int, middle: int) -> None:
+    def _be_worker(self, slot: int, row_at: int, on_trial: bool, end: int, middle: int) -> None:
         spec = self.spec
         lifeline = Lifeline(socket.socket(fileno=end))
         self.channel.close()
@@ -120,6 +120,7 @@ class Mold:
         if not self._start(target, slot, lifeline):
             sys.exit(1)
         worker = Worker(target.servers, lifeline, row, spec.graceful_timeout, spec.eof_timeout, target.hooks)
+        worker.lane.on_trial = on_trial
         process.open_for_service(row, lifeline)
         worker.serve()
 
