@@ -42,7 +42,7 @@ def test_a_reload_serves_the_code_that_has_changed_and_leaves_nobody_of_the_old(
     assert "gen=2" in site.reload()
     assert site.versions() == {"two"}
     eventually(lambda: not set(old) & set(site.daemon.alive()))
-    assert len(site.daemon.titled("mold app gen=2")) == 1
+    eventually(lambda: len(site.daemon.titled("mold app gen=2")) == 1)
     eventually(lambda: not site.daemon.titled("mold app gen=1"))
 
 
@@ -245,7 +245,7 @@ def test_code_that_is_broken_leaves_the_old_code_serving(site: Site, how: str, p
         assert said in site.daemon.log.text, site.daemon.log.text
     assert site.daemon.workers() == old
     assert site.versions(4) == {"one"}
-    assert len(site.daemon.titled("mold app")) == 1
+    eventually(lambda: len(site.daemon.titled("mold app")) == 1)
     site.write("three")
     site.settings(TWO)
     site.reload()
@@ -261,7 +261,7 @@ def test_the_old_generation_is_at_full_strength_from_the_old_mold_when_its_files
         kill(old[0])
         eventually(lambda old=old: len(set(site.daemon.workers()) - set(old)) == 1)  # type: ignore[misc]
     assert site.versions(4) == {"one"}
-    assert not site.daemon.titled("mold app gen=2")
+    eventually(lambda: not site.daemon.titled("mold app gen=2"))
 
 
 # Probation.
@@ -363,7 +363,7 @@ def test_old_workers_and_the_old_mold_may_be_killed_on_probation(site: Site) -> 
     ask_of(site, pid, "version", 5)
     site.ended()
     assert site.versions() == {"two"}
-    assert len(site.daemon.titled("mold app")) == 1
+    eventually(lambda: len(site.daemon.titled("mold app")) == 1)
 
 
 ROLLED = 'max_children = 12\nprobation = "0s"'

@@ -170,7 +170,7 @@ class Renewals:
         self._end(Outcome("upgrade", Phase.REFUSED.value, reason))
 
     def _conclude(self, verdict: Verdict) -> None:
-        """Say how a reload has ended: to the log, to the scoreboard, and to those who asked for it."""
+        """Say how a reload has ended: to the scoreboard, to the log, and to those who asked for it."""
         result, daemon = verdict.result, self.roster.board.daemon
         why: dict[str, Any] = {}
         if verdict.failed_in is not None:
@@ -178,12 +178,12 @@ class Renewals:
             if len(lines) > 1:
                 log.text("reload", verdict.reason)
             why = {"phase": verdict.failed_in.value, "reason": lines[-1]}
-        log.event(f"reload_{result.value}", gen=verdict.generation, **why, seconds=verdict.seconds)
         if result.value in RESULTS:
             daemon[RELOADS + RESULTS.index(result.value)] += 1
         daemon[RELOAD_NS] = int(verdict.seconds * 1e9)
         if result is Phase.DONE:
             daemon[RELOADED_AT] = time_ns()
+        log.event(f"reload_{result.value}", gen=verdict.generation, **why, seconds=verdict.seconds)
         details: dict[str, object] = {"generation": verdict.generation, "seconds": verdict.seconds, **why}
         if not self._upgraded_from:
             return self._end(Outcome("reload", result.value, verdict.reason, details))
