@@ -322,6 +322,8 @@ def _shown(command: Command, said: Mapping[str, Any], fields: dict[str, Any], is
             return log.line(event, {key: value for key, value in fields.items() if key != "event"})
         case {"silent": []}:
             return ""
+        case {"what": what, "result": result, **details}:  # how a reload or an upgrade has ended
+            return log.line(f"{what}: {result}", {key: details[key] for key in details if key not in ("v", "ok")})
         case {"workers": {**sizes}}:
             fields["workers"] = ",".join(f"{service}:{size}" for service, size in sizes.items())
     if command.name == "ping":

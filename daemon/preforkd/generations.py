@@ -101,7 +101,8 @@ class Generation:
 
     def spawn(self, child: Child, end: socket.socket) -> int | None:
         assert self.mold is not None
-        self.mold.ask(child.serial, child.slot, child.row_at, end)
+        trial_ms = int(self.settings.probation * 1000) if self.pool.wanted.trial == self.number else 0
+        self.mold.ask(protocol.Order(child.serial, child.slot, child.row_at, trial_ms), end)
         return None
 
     def lost(self, child: Child, cause: str, failure: str | None) -> None:

@@ -46,9 +46,9 @@ class Mold:
                 raise
         return cls(pid, ours, monotonic(), monotonic() + boot_timeout)
 
-    def ask(self, serial: int, slot: int, row_at: int, end: socket.socket) -> None:
+    def ask(self, order: protocol.Order, end: socket.socket) -> None:
         """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""
-        protocol.send(self.channel, f"{serial} {slot} {row_at}", end.fileno())
+        protocol.send(self.channel, " ".join(map(str, order)), end.fileno())
 
     def hear(self) -> Iterator[tuple[str, str]]:
         """What the mold has said since the last time: a word of the protocol, and the rest.

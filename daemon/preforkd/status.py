@@ -26,6 +26,10 @@ def report(master: "Master") -> dict[str, object]:
 def _state(master: "Master") -> str:
     if master.is_stopping:
         return "stopping"
+    if master.renewals.reload is not None:
+        return f"reloading: {master.renewals.reload.phase.value.replace('_', ' ')}"
+    if master.renewals.preflight is not None:
+        return "upgrading: preflight"
     if master.is_drained:
         return "drained"
     return "serving" if master.is_ready else "starting"

@@ -210,6 +210,7 @@ class Lane:
         self.lifeline = lifeline
         self.tally = tally
         self.draining = False
+        self.trial_ends = 0.0  # monotonic; until then it is to be given its share
         self.on_drain: list[Callable[[], None]] = []  # what to call then, once
         self._starved_notice = 0.0
         self._turns: list[Turn] = []
@@ -258,13 +259,30 @@ class Lane:
         """What to wait with: for something to take, or for the end of the lifeline."""
         epoll = select.epoll()
         # Every lane waits on the same listeners: one connection is to wake one lane (epoll_ctl(2), EPOLLEXCLUSIVE).
+        mode = select.EPOLLIN if self.trial_ends else select.EPOLLIN | select.EPOLLEXCLUSIVE
         for server in self.servers:
-            epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            epoll.register(server.fileno(), mode)
         epoll.register(self.lifeline.fileno(), select.EPOLLIN)
         return epoll
 
+    def be_on_trial(self, seconds: float) -> None:
+        """Be woken for every connection, beside whoever else is, for so long.
+
+        The first in the queue of a listener is woken, which is the oldest lane. Unless there is more to do than it can,
+        a new one would get nothing, and nobody would see how it does.
+        """
+        self.trial_ends = monotonic() + seconds if seconds else 0.0
+
+    def _end_trial(self, epoll: select.epoll) -> None:
+        self.trial_ends = 0.0
+        for server in self.servers:  # EPOLL_CTL_MOD cannot do this
+            epoll.unregister(server.fileno())
+            epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+
     def wait(self, epoll: select.epoll, patience: float | None) -> bool:
         """Wait for as many seconds; drain if the lifeline says so. Whether it was a listener that woke us."""
+        if self.trial_ends and monotonic() >= self.trial_ends:
+            self._end_trial(epoll)
         ready = {descriptor for descriptor, _ in epoll.poll(patience)}
         if self.lifeline.fileno() in ready:
             self.drain()
