@@ -38,6 +38,15 @@ def text(prefix: str, lines: str) -> None:
     _publish({"event": "text", "at": _now(), "of": prefix, "text": lines})
 
 
+def summary(reason: str) -> str:
+    """A reason of many lines in one: what was raised, if it is a traceback; else the sentence that it begins with."""
+    lines = [line for line in reason.splitlines() if line and not line.startswith("(")] or [""]
+    is_stack = "(most recent call first)" in reason
+    if not is_stack and ("Traceback (" in reason or '  File "' in reason):
+        return lines[-1]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
 def line(name: str, fields: Mapping[str, object]) -> str:
     """An event as the log shows it."""
     return " ".join((name, *(f"{key}={_quoted(str(value))}" for key, value in fields.items())))

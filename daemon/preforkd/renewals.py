@@ -32,8 +32,7 @@ class Outcome:
 
     def __str__(self) -> str:
         """For a line of status."""
-        first = self.error.splitlines()[-1] if self.error else ""
-        return f"{self.what} {self.result}" + (f": {first}" if first else "")
+        return f"{self.what} {self.result}" + (f": {log.summary(self.error)}" if self.error else "")
 
 
 Tell = Callable[[Outcome], object]
@@ -163,10 +162,9 @@ class Renewals:
         self._refuse_upgrade(preflight.failure or self.hand_over(preflight.python))
 
     def _refuse_upgrade(self, reason: str) -> None:
-        first, *more = reason.splitlines()
-        if more:
+        if "\n" in reason:
             log.text("upgrade", reason)
-        log.event("upgrade_refused", reason=more[-1] if more else first)
+        log.event("upgrade_refused", reason=log.summary(reason))
         self._end(Outcome("upgrade", Phase.REFUSED.value, reason))
 
     def _conclude(self, verdict: Verdict) -> None:
@@ -174,10 +172,9 @@ class Renewals:
         result, daemon = verdict.result, self.roster.board.daemon
         why: dict[str, Any] = {}
         if verdict.failed_in is not None:
-            lines = verdict.reason.splitlines() or [""]
-            if len(lines) > 1:
+            if "\n" in verdict.reason:
                 log.text("reload", verdict.reason)
-            why = {"phase": verdict.failed_in.value, "reason": lines[-1]}
+            why = {"phase": verdict.failed_in.value, "reason": log.summary(verdict.reason)}
         if result.value in RESULTS:
             daemon[RELOADS + RESULTS.index(result.value)] += 1
         daemon[RELOAD_NS] = int(verdict.seconds * 1e9)

@@ -21,11 +21,14 @@ from typing import Any
 from preforkd_workers import prctl
 from preforkd_workers.adoption import AdoptableSocket
 from preforkd_workers.lifeline import Lifeline
-from preforkd_workers.scoreboard import DRAINING, ERRORS, OK, STATE
+from preforkd_workers.scoreboard import DRAINING, ERRORS, OK, STATE, ended
 from preforkd_workers.tally import Tally
 
 # After so many requests without a wait, look at the lifeline all the same.
 BUSY_TURNS = 64
+
+# After so many requests, a lane on trial has the master look at it.
+TRIED_EVERY = 5
 
 # How long to let go of the listener when the system is out of descriptors or memory, in seconds.
 STARVED_FOR = 0.1
@@ -212,6 +215,7 @@ class Lane:
         self.draining = False
         self.trial_ends = 0.0  # monotonic; until then it is to be given its share
         self.on_drain: list[Callable[[], None]] = []  # what to call then, once
+        self._judged = 0  # requests that the master was told of while on trial
         self._starved_notice = 0.0
         self._turns: list[Turn] = []
 
@@ -272,8 +276,16 @@ class Lane:
         a new one would get nothing, and nobody would see how it does.
         """
         self.trial_ends = monotonic() + seconds if seconds else 0.0
+        self._judged = ended(self.tally.row)
 
-    def _end_trial(self, epoll: select.epoll) -> None:
+    def _go_on_trial(self, epoll: select.epoll) -> None:
+        """Tell the master whenever there is something to judge by; in the end, queue up as the others do."""
+        requests = ended(self.tally.row)
+        if requests >= self._judged + TRIED_EVERY:
+            self._judged = requests
+            self.lifeline.tried()
+        if monotonic() < self.trial_ends:
+            return
         self.trial_ends = 0.0
         for server in self.servers:  # EPOLL_CTL_MOD cannot do this
             epoll.unregister(server.fileno())
@@ -281,8 +293,8 @@ class Lane:
 
     def wait(self, epoll: select.epoll, patience: float | None) -> bool:
         """Wait for as many seconds; drain if the lifeline says so. Whether it was a listener that woke us."""
-        if self.trial_ends and monotonic() >= self.trial_ends:
-            self._end_trial(epoll)
+        if self.trial_ends:
+            self._go_on_trial(epoll)
         ready = {descriptor for descriptor, _ in epoll.poll(patience)}
         if self.lifeline.fileno() in ready:
             self.drain()

@@ -20,6 +20,7 @@ READY = "preforkd:ready"  # and its pid
 FAILED = "preforkd:failed"  # the traceback follows
 NOTICE = "preforkd:notice"  # and an event with its fields, in JSON
 LEAVING = "preforkd:leaving"  # somebody has told it to drain
+TRIED = "preforkd:tried"  # on probation, it has ended some more requests
 SHUTDOWN = "preforkd:shutdown"  # serve_forever() is to end, a handler says
 
 # A mold's words on its channel, beside READY with the kind of the target, FAILED with the reason, and NOTICE.

@@ -1,0 +1,26 @@
+"""Reasons in a line."""
+
+import pytest
+
+from preforkd.log import summary
+
+TRACEBACK = 'services.a:\nTraceback (most recent call last):\n  File "app.py", line 1\nValueError: no\n(raised by the hook on_mold)'
+STACK = 'services.a:\nthe import of a took longer\nCurrent thread 0x1 (most recent call first):\n  File "app.py", line 1 in f\nExtension modules: x'
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        ("", ""),
+        ("one line", "one line"),
+        ("first fault\nsecond fault", "first fault"),
+        (
+            "services.a:\n  File \"app.py\", line 7\n    x(\n     ^\nSyntaxError: '(' was never closed",
+            "SyntaxError: '(' was never closed",
+        ),
+        (TRACEBACK, "ValueError: no"),
+        (STACK, "the import of a took longer"),
+    ],
+)
+def test_a_reason_in_a_line_is_what_was_raised_or_the_sentence_that_it_begins_with(reason: str, line: str) -> None:
+    assert summary(reason) == line
