@@ -525,6 +525,30 @@ def test_an_address_that_somebody_else_has_is_refused(site: Site) -> None:
     assert site.versions(2) == {"one"}
 
 
+def test_another_host_with_a_port_of_our_own_needs_a_restart(site: Site) -> None:
+    site.start(TWO)
+    site.settings(TWO, listen=f"tcp://127.0.0.1:{free_port()}")
+    site.reload()
+    port = port_of(site.daemon.url(index=1))
+    site.settings(TWO, listen=f"tcp://0.0.0.0:{port}")
+    assert f"tcp://0.0.0.0:{port}: tcp://127.0.0.1:{port} of ours has the port; needs a restart" in site.reload("refused")
+
+
+def test_a_service_of_another_name_takes_over_the_listener_of_one_that_goes(site: Site) -> None:
+    listen = f"tcp://127.0.0.1:{free_port()}"
+    site.write("one")
+    site.settings(TWO, listen=listen)
+    site.daemon = site.serve("-c", "preforkd.toml")
+    site.write("two")
+    site.settings(TWO, listen=listen, name="other")
+    with Talk(site.daemon) as talk:
+        site.reload()
+        eventually(lambda: site.versions() == {"two"})
+        assert talk.ask("version") == "one"
+    assert not site.daemon.log.matches("^closed")
+    eventually(lambda: not site.daemon.titled("worker app#") + site.daemon.titled("mold app "))
+
+
 def test_services_come_and_go_and_come_again_while_their_old_workers_drain(site: Site) -> None:
     port = free_port()
     second = f'\n[services.second]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:{port}"]\nmax_children = 1'

@@ -115,7 +115,8 @@ class Roster:
         of any other."""
         taken = [bound for bound, _, _ in change.held]
         for other, service in self.services.items():
-            if other != name and (address.place is None or other not in change.names):
+            stays_as_it_is = other not in change.names and other not in change.removed
+            if other != name and (address.place is None or stays_as_it_is):
                 taken += service.listeners
         return [bound for bound in self.bound if bound not in taken]
 
@@ -127,6 +128,9 @@ class Roster:
         try:
             made = place.open(rules_of(change.settings_of(place.service)))
         except ListenError as refusal:
+            ours = [bound.listener.url for bound in self.bound if bound.stands_in_the_way_of(place.address)]
+            if refusal.is_taken and ours:
+                refusal = ListenError(f"{place.address.url}: {ours[0]} of ours has the port; needs a restart")
             faults.append(f"{where}: {refusal}")
             return
         change.loaded[place.service].append(made)

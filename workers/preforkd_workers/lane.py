@@ -301,9 +301,13 @@ class Lane:
         return patience != 0 and bool(ready - {self.lifeline.fileno()})
 
     def take_last(self) -> None:
-        """Take what has woken us although we drain: nobody else is woken for it, and nobody might come by."""
-        with suppress(Starved):
-            any(turn() for turn in self.turns())
+        """Take what has woken us although we drain: nobody else is woken for it, and nobody might come by.
+
+        One request of each server, for several may have woken us at once.
+        """
+        for turn in self.turns():
+            with suppress(Starved):
+                turn()
 
     def _take(self, turns: list[Turn], actions: list[Callable[[], None]]) -> bool:
         """Take what is there, at most BUSY_TURNS times; whether there may be more."""
