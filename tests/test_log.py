@@ -4,8 +4,16 @@ import pytest
 
 from preforkd.log import summary
 
-TRACEBACK = 'services.a:\nTraceback (most recent call last):\n  File "app.py", line 1\nValueError: no\n(raised by the hook on_mold)'
-STACK = 'services.a:\nthe import of a took longer\nCurrent thread 0x1 (most recent call first):\n  File "app.py", line 1 in f\nExtension modules: x'
+TRACEBACK = """services.a:
+Traceback (most recent call last):
+  File "app.py", line 1
+ValueError: no
+(raised by the hook on_mold)"""
+STACK = """services.a:
+the import of a took longer
+Current thread 0x1 (most recent call first):
+  File "app.py", line 1 in f
+Extension modules: x"""
 
 
 @pytest.mark.parametrize(

@@ -531,7 +531,8 @@ def test_another_host_with_a_port_of_our_own_needs_a_restart(site: Site) -> None
     site.reload()
     port = port_of(site.daemon.url(index=1))
     site.settings(TWO, listen=f"tcp://0.0.0.0:{port}")
-    assert f"tcp://0.0.0.0:{port}: tcp://127.0.0.1:{port} of ours has the port; needs a restart" in site.reload("refused")
+    said = f"tcp://0.0.0.0:{port}: tcp://127.0.0.1:{port} of ours has the port; needs a restart"
+    assert said in site.reload("refused")
 
 
 def test_a_service_of_another_name_takes_over_the_listener_of_one_that_goes(site: Site) -> None:
