@@ -438,9 +438,14 @@ def answering(path: Path, *answers: Callable[[dict[str, object]], list[bytes]]) 
             for answer in answers:
                 connection, _ = listener.accept()
                 with connection, connection.makefile("rb") as lines:
-                    request = json.loads(lines.readline())
-                    asked.append(request["do"])
-                    connection.sendall(b"".join(answer(request)))
+                    for line in lines:
+                        request = json.loads(line)
+                        asked.append(request["do"])
+                        if request["do"] == "ping":
+                            connection.sendall(b'{"v": 1, "ok": true}\n')
+                            continue
+                        connection.sendall(b"".join(answer(request)))
+                        break
             listener.close()
 
         thread = threading.Thread(target=serve)
@@ -459,7 +464,7 @@ def test_an_upgrade_that_cuts_the_connection_is_asked_after(tmp_path: Path) -> N
         result = preforkctl("-s", path, "upgrade")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "preflight python=3.13\noutcome: done version=0.2.0 before=0.1.0\n"
-    assert asked == ["upgrade", "outcome", "outcome"]
+    assert asked == ["upgrade", "ping", "outcome", "ping", "outcome"]
     path.unlink()
     with answering(path, lambda _: [], lambda _: [bad]):
         result = preforkctl("-s", path, "upgrade")
@@ -469,11 +474,16 @@ def test_an_upgrade_that_cuts_the_connection_is_asked_after(tmp_path: Path) -> N
         result = preforkctl("-s", path, "upgrade")
     assert result.returncode == 1
     assert result.stderr.startswith("preforkctl: the daemon has gone in the middle of the upgrade: ")
+    path.unlink()
+    with answering(path, lambda _: [], lambda _: [b'{"v": 1, "ok": true, "result": "none yet"}\n']):
+        result = preforkctl("-s", path, "upgrade")
+    assert result.returncode == 1
+    assert "preforkctl: another daemon has been started in the middle of the upgrade" in result.stderr
 
 
 def test_a_daemon_that_hangs_up_has_not_done_what_was_asked(tmp_path: Path) -> None:
     with answering(tmp_path / "x.sock", lambda _: [b'{"v": 1, "ev']):
-        result = preforkctl("-s", tmp_path / "x.sock", "reload")
+        result = preforkctl("-s", tmp_path / "x.sock", "scale", "x", 1)
     assert (result.returncode, result.stderr) == (1, "preforkctl: the daemon has hung up before it answered\n")
 
 

@@ -31,7 +31,7 @@ class Child:
     is_leaving: bool = False  # it has been told to drain by somebody else
     was_cut: bool = False  # what it held has been ended for it
     is_mute: bool = False  # its end of the lifeline is closed
-    _unfinished_line: bytes = b""
+    unfinished_line: bytes = b""  # of what it says
 
     def __post_init__(self) -> None:
         self.ended_before, self.errors_before = ended(self.row), int(self.row[ERRORS])
@@ -73,9 +73,9 @@ class Child:
             said = self.lifeline.recv(1 << 16)
         except ConnectionResetError:
             said = b""
-        if not said and not self._unfinished_line:
+        if not said and not self.unfinished_line:
             raise EOFError
-        *lines, self._unfinished_line = (self._unfinished_line + said + (b"" if said else b"\n")).split(b"\n")
+        *lines, self.unfinished_line = (self.unfinished_line + said + (b"" if said else b"\n")).split(b"\n")
         return [line.decode(errors="replace") for line in lines]
 
     def close(self) -> None:

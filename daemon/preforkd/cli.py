@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from preforkd import __version__, log, settings
 from preforkd.exits import Exit
 from preforkd.sources import EXPORTER, Checked, Faults, Value, check, from_environment, from_file, from_pairs
-from preforkd.upgrade import VARIABLE
+from preforkd.upgrade import PROOF, Handed
 from preforkd.wakeup import release
 
 SAMPLE_TARGET = "preforkd_workers.samples:Upper"
@@ -19,6 +19,7 @@ SAMPLE_METRICS = "tcp://127.0.0.1:9109"
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
+    handed = Handed.take(os.environ)
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "settings":
@@ -26,16 +27,10 @@ def main(arguments: Sequence[str]) -> int:
         return Exit.STOPPED
     if options.config is not None and (options.target or options.listen):
         parser.error("-c FILE names targets and addresses: give either it, or TARGET and --listen")
-    if options.command == "serve" and VARIABLE in os.environ:
+    if options.command == "serve" and handed is not None:
         from preforkd.serve import resume
 
-        return resume(int(os.environ.pop(VARIABLE)), lambda: _checked(options), _watched(options))
-    if options.command == "check" and options.state_fd is not None:
-        from preforkd.handover import rehearse
-
-        if refusal := rehearse(options.state_fd):
-            _complain([f"{sys.executable}, preforkd {__version__}: {refusal}; restart the daemon instead"])
-            return Exit.SYSTEM
+        return resume(handed, lambda: _checked(options), _watched(options))
     try:
         checked = _checked(options)
     except Faults as faults:
@@ -44,22 +39,41 @@ def main(arguments: Sequence[str]) -> int:
     if not sys.platform.startswith("linux"):
         _complain(["needs Linux 5.10 or newer, this is " + sys.platform])
         return Exit.SYSTEM
-    if options.command == "check":
-        from preforkd.check import check_targets
-
-        release(signal.valid_signals())
-        return check_targets(checked)
-    from preforkd.serve import serve
-
     if options.dev:
         from preforkd import dev
 
         if not dev.is_possible():
             _complain([dev.MISSING])
             return Exit.SYSTEM
+    if options.command == "check":
+        release(signal.valid_signals())
+        return _check(checked) if options.state_fd is None else _rehearse(checked, options.state_fd)
+    from preforkd.serve import serve
+
     if not (options.target or options.config):
         log.event("sample", target=SAMPLE_TARGET, advice="for your own: preforkd serve TARGET --listen URL")
     return serve(checked, lambda: _checked(options), _watched(options))
+
+
+def _check(checked: Checked) -> Exit:
+    from preforkd.check import check_targets
+
+    return check_targets(checked)
+
+
+def _rehearse(checked: Checked, state_fd: int) -> Exit:
+    """Find out whether we could take over from a daemon that runs, in a child of it."""
+    from preforkd import handover, serve  # noqa: F401 - all that the successor needs
+
+    try:
+        state = handover.read(state_fd)
+    except ValueError as fault:
+        _complain([f"{sys.executable}, preforkd {__version__}: {fault}; restart the daemon instead"])
+        return Exit.SYSTEM
+    found = _check(handover.with_stand_ins(checked, state))
+    if found is Exit.STOPPED:
+        print(PROOF, flush=True)  # noqa: T201 - for the daemon
+    return found
 
 
 def _watched(options: argparse.Namespace) -> list[str] | None:

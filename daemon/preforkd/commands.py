@@ -3,6 +3,7 @@
 Each is a function of the master and the request, and never waits: what takes time is answered later.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -182,7 +183,10 @@ def reload(master: "Master", request: "Request") -> None:
 
 def upgrade(master: "Master", request: "Request") -> None:
     """Who waits loses the connection when it succeeds, and asks the successor for the outcome."""
-    _renew(master, request, partial(master.renewals.ask_for_upgrade, request.arguments["python"] or ""))
+    python = request.arguments["python"] or ""
+    if python and not os.path.isabs(python):
+        return request.fail(f"python: want an absolute path, not {python!r}")
+    return _renew(master, request, partial(master.renewals.ask_for_upgrade, python))
 
 
 def _renew(master: "Master", request: "Request", ask: "Callable[[Tell | None], None]") -> None:
@@ -369,7 +373,7 @@ def _no_service(master: "Master", name: str) -> str:
 _NOW = Argument("now", bool, "kill the workers that hold requests", flags=("--now",), default=False)
 _FOLLOW = Argument("follow", bool, "go on with those to come", flags=("-f", "--follow"), default=False)
 _WORKERS = Argument("workers", int, "how many", is_required=True, bounds=(1, 4096))
-_PYTHON = Argument("python", str, "the path of another interpreter")
+_PYTHON = Argument("python", str, "the absolute path of another interpreter")
 _ANY_SERVICE = Argument("service", str, "this one only")
 _ANY_SLOT = Argument("slot", str, SLOT.help)
 

@@ -267,30 +267,33 @@ def _converse(
         if command.name == "stop":
             connection.wait_for_end()
             return {"ok": True}
-        if command.name == "upgrade":
-            return _outcome(connection.path, as_json)
+        if command.name in ("upgrade", "reload"):  # whoever asks for a reload before the exec gets the successor's
+            return _outcome(connection.path, command.name, as_json)
         raise
 
 
-def _outcome(path: str, as_json: bool) -> dict[str, Any]:
+def _outcome(path: str, asked: str, as_json: bool) -> dict[str, Any]:
     """How an upgrade has ended that has cut the connection: the socket lives on, and so do those who wait there.
 
     Raises Failed.
     """
     until = monotonic() + UPGRADE_PATIENCE
-    command = COMMANDS["outcome"]
     for _ in range(UPGRADE_ATTEMPTS):
         try:
             connection = Connection(path)
         except NoDaemon as reason:
-            raise Failed(f"the daemon has gone in the middle of the upgrade: {reason}") from None
+            raise Failed(f"the daemon has gone in the middle of the {asked}: {reason}") from None
         try:
-            return _hear(command, connection.ask("outcome", {}, max(0.1, until - monotonic())), as_json)
+            list(connection.ask("ping", {}, max(0.1, until - monotonic())))  # it is there; its patience counts now
+            outcome = _hear(COMMANDS["outcome"], connection.ask("outcome", {}, None), as_json)
         except Lost:
             continue
         finally:
             connection.close()
-    raise Failed("the daemon hangs up again and again since the upgrade began; see its log")
+        if outcome.get("result") == "none yet":
+            raise Failed(f"another daemon has been started in the middle of the {asked}; see its log")
+        return outcome
+    raise Failed(f"the daemon hangs up again and again since the {asked} began; see its log")
 
 
 def _hear(command: Command, lines: Iterator[dict[str, Any]], as_json: bool) -> dict[str, Any]:

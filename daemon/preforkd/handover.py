@@ -1,7 +1,7 @@
 """What a master hands over to its successor under the same pid: the state of everything that is served, in a memfd.
 
 Descriptors stay open across the ``execv`` under their numbers, and children stay ours: what has to be told is which is
-which. A state of another version is refused before the ``execv``, by ``preforkd check --takes-state``.
+which. A state of another version is refused before the ``execv``, by ``preforkd check --state-fd``.
 """
 
 import os
@@ -9,6 +9,7 @@ import selectors
 import socket
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import msgspec
 from msgspec import Struct
@@ -19,36 +20,39 @@ from preforkd.generations import Generation
 from preforkd.listeners import Address, Bound, Rules, parse
 from preforkd.molds import Mold
 from preforkd.notify import Manager
-from preforkd.plan import State, Wanted
+from preforkd.plan import State, Timeouts, Wanted
 from preforkd.pool import Pool
-from preforkd.roster import Roster, rules_of
+from preforkd.roster import Roster
 from preforkd.service import Service
-from preforkd.sources import EXPORTER, Checked
+from preforkd.sources import Checked
 from preforkd.takeover import Lock
 from preforkd_workers.scoreboard import Scoreboard
 from preforkd_workers.spec import Listener
 
-# To be raised with every change of what follows, of the scoreboard's layout, or of the protocol with molds and workers.
+# To be raised with every change of what follows and of what it is made of, of the scoreboard's layout, or of the
+# protocol with molds and workers.
 STATE_VERSION = 1
 
 
 class _Listener(Struct):
     fd: int
-    listener_url: str
-    address: str
-    service: str  # whose rules it was opened by
+    url: str
     path: str
     inode: tuple[int, int]
+    address: Address
+    rules: Rules
     name: str
     is_kept: bool
 
 
 class _Child(Struct):
+    """A descriptor, and what is called so in a Child."""
+
+    fd: int
     serial: int
     slot: int
     generation: int
     row_at: int
-    fd: int
     pid: int | None
     state: State
     since: float
@@ -56,16 +60,22 @@ class _Child(Struct):
     cause: str | None
     failure: list[str] | None
     is_leaving: bool
+    was_cut: bool
     is_mute: bool
     unfinished_line: bytes
-    before: tuple[int, int]
+    ended_before: int
+    errors_before: int
 
 
 class _Mold(Struct):
-    pid: int
+    """A descriptor, and what is called so in a Mold."""
+
     fd: int
-    is_ready: bool
+    pid: int
     born: float
+    deadline: float
+    ready: bool
+    cause: str | None
 
 
 class _Generation(Struct):
@@ -83,11 +93,8 @@ class _Service(Struct):
     current: int | None
     block_on_close: bool
     next_serial: int
-    size: int
-    generation: int
-    max_surge: int
-    max_unavailable: int
-    hurried: frozenset[int]
+    wanted: Wanted
+    timeouts: Timeouts
     generations: list[_Generation]
     children: list[_Child]
 
@@ -100,13 +107,14 @@ class Inheritance(Struct):
     started: float
     board: int
     generation: int
-    settings: settings.Settings
+    checked: Checked
     listeners: list[_Listener]
     services: list[_Service]
     control: _Listener | None
     lock: tuple[int, str] | None  # descriptor and path
     stored: list[str]  # names of what the service manager keeps
     sizes_before_drain: dict[str, int]
+    next_upgrade: str | None
     nofile: tuple[int, int]  # the limit that the daemon was started with, soft and hard
 
 
@@ -119,64 +127,63 @@ class Surroundings:
     control: Bound | None
     lock: Lock | None
     stored: Collection[str]
+    next_upgrade: str | None = None  # if another one is wanted: the interpreter, empty for that of who does it
 
 
 def hand_over(roster: Roster, around: Surroundings) -> tuple[int, list[int]]:
-    """Write the state to a memfd. Returns its descriptor, and those that the successor needs, it among them."""
-    listeners = [_listener(bound, _service_of(roster, bound)) for bound in roster.bound]
+    """Write the state to a memfd. Returns its descriptor, and those that the successor needs, it among them.
+
+    Raises OSError when the system refuses, ValueError when there is a name in it that is no text.
+    """
     places = {id(bound): place for place, bound in enumerate(roster.bound)}
-    services = [_service(service, service in roster.leaving, places) for service in roster]
     state = Inheritance(
         STATE_VERSION,
         __version__,
         around.started,
         roster.board.fd,
         roster.generation,
-        roster.checked.settings,
-        listeners,
-        services,
-        _listener(around.control, "") if around.control else None,
+        roster.checked,
+        [*map(_listener, roster.bound)],
+        [_service(service, service in roster.leaving, places) for service in roster],
+        _listener(around.control) if around.control else None,
         (around.lock.descriptor, around.lock.path) if around.lock else None,
         [*around.stored],
         around.sizes_before_drain,
+        around.next_upgrade,
         limits.inherited(),
     )
+    text = msgspec.msgpack.encode(state)
     fd = os.memfd_create("preforkd-state")
-    os.pwrite(fd, msgspec.json.encode(state), 0)
-    needed = [fd, state.board, *(each.fd for each in listeners), *_descriptors(services)]
-    needed += [state.control.fd] if state.control else []
-    needed += [state.lock[0]] if state.lock else []
-    return fd, needed
+    os.pwrite(fd, text, 0)
+    return fd, [fd, *_descriptors(state)]
 
 
-def _listener(bound: Bound, service: str) -> _Listener:
-    number, url = bound.listener.socket.fileno(), bound.listener.url
-    return _Listener(number, url, bound.address.url, service, bound.path, bound.inode, bound.name, bound.is_kept)
-
-
-def _descriptors(services: list[_Service]) -> Iterator[int]:
-    for service in services:
+def _descriptors(state: Inheritance) -> Iterator[int]:
+    yield state.board
+    yield from (each.fd for each in state.listeners)
+    for service in state.services:
         yield from (child.fd for child in service.children)
         yield from (each.mold.fd for each in service.generations if each.mold is not None)
+    if state.control is not None:
+        yield state.control.fd
+    if state.lock is not None:
+        yield state.lock[0]
 
 
-def _service_of(roster: Roster, bound: Bound) -> str:
-    return next((service.name for service in roster if bound in service.listeners), "")
+def _listener(bound: Bound) -> _Listener:
+    number, url = bound.listener.socket.fileno(), bound.listener.url
+    return _Listener(number, url, bound.path, bound.inode, bound.address, bound.rules, bound.name, bound.is_kept)
 
 
 def _service(service: Service, is_leaving: bool, places: dict[int, int]) -> _Service:
-    wanted = service.pool.wanted
     return _Service(
         service.name,
         is_leaving,
         service.current.number if service.current else None,
         service.block_on_close,
         next(service.pool.serials),
-        wanted.size,
-        wanted.generation,
-        wanted.max_surge,
-        wanted.max_unavailable,
-        wanted.hurried,
+        service.pool.wanted,
+        service.pool.timeouts,
         [_generation(generation, places) for generation in service.generations.values()],
         [_child(child) for child in service.pool.children.values()],
     )
@@ -185,30 +192,17 @@ def _service(service: Service, is_leaving: bool, places: dict[int, int]) -> _Ser
 def _generation(generation: Generation, places: dict[int, int]) -> _Generation:
     mold = generation.mold
     listeners = [places[id(bound)] for bound in generation.listeners if id(bound) in places]
-    told = None if mold is None else _Mold(mold.pid, mold.channel.fileno(), mold.ready, mold.born)
+    told = None if mold is None else _Mold(mold.channel.fileno(), *(getattr(mold, name) for name in _OF_MOLD))
     return _Generation(
         generation.number, generation.settings, listeners, generation.is_needed, told, [*generation.leaving]
     )
 
 
 def _child(child: Child) -> _Child:
-    return _Child(
-        child.serial,
-        child.slot,
-        child.generation,
-        child.row_at,
-        child.lifeline.fileno(),
-        child.pid,
-        child.state,
-        child.since,
-        child.born,
-        child.cause,
-        child.failure,
-        child.is_leaving,
-        child.is_mute,
-        child._unfinished_line,
-        (child.ended_before, child.errors_before),
-    )
+    return _Child(child.lifeline.fileno(), *(getattr(child, name) for name in _OF_CHILD))
+
+
+_OF_MOLD, _OF_CHILD = _Mold.__struct_fields__[1:], _Child.__struct_fields__[1:]
 
 
 # The other side.
@@ -219,32 +213,33 @@ def refusal(version: object) -> str:
     return f"the daemon that runs hands over a state of version {version}, and this takes over version {STATE_VERSION}"
 
 
-def rehearse(fd: int) -> str | None:
-    """Why we could not take over the state in this descriptor, if so: asked before anything is at stake."""
-    try:
-        for listener in (state := read(fd)).listeners:
-            _address(listener)
-        _addresses(state)
-    except ValueError as fault:
-        return str(fault)
-    return None
-
-
 def read(fd: int) -> Inheritance:
     """The state in this descriptor. Raises ValueError when it is of another version, or none at all."""
     text = os.pread(fd, os.fstat(fd).st_size, 0)
-    version = msgspec.json.decode(text).get("version")
+    version = msgspec.msgpack.decode(text).get("version")
     if version != STATE_VERSION:
         raise ValueError(refusal(version))
-    return msgspec.json.decode(text, type=Inheritance)
+    return msgspec.msgpack.decode(text, type=Inheritance)
+
+
+def with_stand_ins(checked: Checked, state: Inheritance) -> Checked:
+    """These settings with addresses of the same kind for the descriptors that were passed to the daemon, not to us."""
+    passed = [(listener.address.place, parse(listener.url)) for listener in state.listeners]
+
+    def stand_ins(address: Address) -> list[Address]:
+        found = [other for place, other in passed if address.scheme == "fd" and address.place == place]
+        return found or [address]
+
+    addresses = {name: [each for one in some for each in stand_ins(one)] for name, some in checked.addresses.items()}
+    return Checked(checked.settings, addresses)
 
 
 def take_over(state: Inheritance, selector: selectors.BaseSelector, manager: Manager) -> Roster:
     """Everything that is served, as the predecessor has left it."""
-    board = Scoreboard.attach(state.board)
-    roster = Roster(Checked(state.settings, _addresses(state)), board, selector, manager)
+    os.set_inheritable(state.board, False)
+    roster = Roster(state.checked, Scoreboard.attach(state.board), selector, manager)
     roster.generation = state.generation
-    roster.bound = [_bound(each, state) for each in state.listeners]
+    roster.bound = [_bound(each) for each in state.listeners]
     for told in state.services:
         service = _restored(told, roster)
         if told.is_leaving:
@@ -254,31 +249,20 @@ def take_over(state: Inheritance, selector: selectors.BaseSelector, manager: Man
     return roster
 
 
-def _addresses(state: Inheritance) -> dict[str, list[Address]]:
-    addresses = {name: [parse(url) for url in each.listen] for name, each in state.settings.services.items()}
-    if state.settings.metrics:
-        addresses[EXPORTER] = [parse(state.settings.metrics)]
-    return addresses
-
-
 def surroundings(state: Inheritance) -> Surroundings:
     """What the predecessor had beside its roster."""
-    control = _bound(state.control, state) if state.control else None
+    control = _bound(state.control) if state.control else None
     lock = Lock.inherited(*state.lock) if state.lock else None
-    return Surroundings(state.started, state.sizes_before_drain, control, lock, state.stored)
+    return Surroundings(state.started, state.sizes_before_drain, control, lock, state.stored, state.next_upgrade)
 
 
-def _bound(told: _Listener, state: Inheritance) -> Bound:
+def _bound(told: _Listener) -> Bound:
     os.set_inheritable(told.fd, False)
     made = socket.socket(fileno=told.fd)
-    wanted = state.settings.services.get(told.service)
-    address, rules = _address(told), rules_of(wanted) if wanted else Rules()
-    listener = Listener(told.listener_url, made)
-    return Bound(listener, told.path, told.inode, address, rules, told.name, told.is_kept)
-
-
-def _address(told: _Listener) -> Address:
-    return parse(told.address) if told.address else Address("", "")  # the control socket is not asked for by an address
+    if made.type == socket.SOCK_STREAM:
+        made.setblocking(False)  # as it is; but the object would not know, and a target's copy of it not be
+    listener = Listener(told.url, made)
+    return Bound(listener, told.path, told.inode, told.address, told.rules, told.name, told.is_kept)
 
 
 def _restored(told: _Service, roster: Roster) -> Service:
@@ -288,42 +272,29 @@ def _restored(told: _Service, roster: Roster) -> Service:
         generation = service.restore(each.number, each.settings, [roster.bound[place] for place in each.listeners])
         generation.is_needed, generation.leaving = each.is_needed, set(each.leaving)
         if each.mold is not None:
-            generation.attend(_grown_mold(each.mold, each.settings.boot_timeout))
+            generation.attend(_grown_mold(each.mold))
         if each.number == told.current:
             service.current = generation
-            service.pool.timeouts = generation.timeouts
-    service.pool.want(
-        Wanted(
-            told.size,
-            told.generation,
-            max_surge=told.max_surge,
-            max_unavailable=told.max_unavailable,
-            hurried=told.hurried,
-        )
-    )
+    pool = service.pool
+    pool.timeouts, pool.serials = told.timeouts, count(told.next_serial)
+    pool.want(told.wanted)
     for child in told.children:
-        service.pool.adopt(_grown(child, service.pool), told.next_serial)
+        pool.adopt(_grown(child, pool))
     return service
 
 
-def _grown_mold(told: _Mold, boot_timeout: float) -> Mold:
-    mold = Mold(told.pid, _socket(told.fd), told.born, float("inf") if told.is_ready else told.born + boot_timeout)
-    mold.ready = told.is_ready
+def _grown_mold(told: _Mold) -> Mold:
+    mold = Mold(told.pid, _socket(told.fd), told.born, told.deadline)
+    for name in _OF_MOLD:
+        setattr(mold, name, getattr(told, name))
     return mold
 
 
 def _grown(told: _Child, pool: Pool) -> Child:
     row = pool.board.board.row_at(told.row_at)
     child = Child(told.serial, told.slot, told.generation, told.row_at, row, _socket(told.fd))
-    child.pid, child.state, child.since, child.born = told.pid, told.state, told.since, told.born
-    child.cause, child.failure, child.is_leaving, child.is_mute = (
-        told.cause,
-        told.failure,
-        told.is_leaving,
-        told.is_mute,
-    )
-    child._unfinished_line = told.unfinished_line
-    child.ended_before, child.errors_before = told.before
+    for name in _OF_CHILD:
+        setattr(child, name, getattr(told, name))
     return child
 
 

@@ -80,11 +80,11 @@ class Master:
         become_subreaper()
         setproctitle(f"preforkd: master {self.name}")
 
-    def resume(self, release: str, around: Surroundings) -> None:
-        """Go on for a master of this release before us under our pid."""
+    def resume(self, release: str, around: Surroundings, refusal: str) -> None:
+        """Go on for a master of this release before us under our pid. ``refusal``: why another one could not."""
         self.is_ready, self.told_phase, self.started = True, Phase.SERVING, around.started
         self.sizes_before_drain = around.sizes_before_drain
-        self.renewals.resume(release)
+        self.renewals.resume(release, around.next_upgrade, refusal)
         self.reap()
 
     @property
@@ -245,17 +245,22 @@ class Master:
         self.renewals.ask_for_upgrade()
 
     def hand_over(self, python: str) -> str:
-        """Become another program. Returns only if the system refuses, and why."""
+        """Become another program. Returns only if the system refuses, and why. Raises as ``write_state`` does."""
         log.event("handing_over", python=python)
+        state, needed = self.write_state()
         if self.watcher is not None:
             self.watcher.stop()
-        state, needed = self.write_state()
-        return f"{python}: {execute(python, state, needed, self.manager.environment(), SIGNALS).strerror}"
+        return f"{python}: {execute(python, state, needed, self.manager.environment(), self.wakeup).strerror}"
 
     def write_state(self) -> tuple[int, list[int]]:
-        """What a successor needs to know, as a descriptor, and the descriptors that it needs, that one among them."""
-        around = Surroundings(self.started, self.sizes_before_drain, self.control_listener, self.lock, self.store.names)
-        return hand_over(self.roster, around)
+        """What a successor needs to know, as a descriptor, and the descriptors that it needs, that one among them.
+
+        Raises OSError and ValueError, as ``hand_over`` does.
+        """
+        stored = () if self.manager.is_behind else self.store.names  # to be told again, if it may not have been told
+        wanted = self.renewals.next_upgrade
+        sizes, control = self.sizes_before_drain, self.control_listener
+        return hand_over(self.roster, Surroundings(self.started, sizes, control, self.lock, stored, wanted))
 
     def dump(self) -> None:
         """Write the state of every lane and the stacks of every worker to the log."""

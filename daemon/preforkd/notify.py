@@ -113,6 +113,11 @@ class Manager:
         return bool(self._address)
 
     @property
+    def is_behind(self) -> bool:
+        """Whether it has not yet read all that it was told."""
+        return bool(self._unsent)
+
+    @property
     def watchdog_interval(self) -> float:
         """How often the watchdog wants to be fed, in seconds; inf: there is none."""
         return self._rhythm.watchdog_interval

@@ -213,10 +213,9 @@ class Pool:
             self.spawned(child.serial, pid)
         return None
 
-    def adopt(self, child: Child, next_serial: int) -> None:
-        """Have this child of a master before us under the same pid, whose serials end before ``next_serial``."""
+    def adopt(self, child: Child) -> None:
+        """Have this child of a master before us under the same pid."""
         self.children[child.slot] = child
-        self.serials = count(next_serial)
         if not child.is_mute:
             self.selector.register(child.lifeline, selectors.EVENT_READ, lambda: self._hear(child))
         self._watch(child)

@@ -80,6 +80,11 @@ class Renewals:
         """Whether there is none, and none wanted."""
         return not (self.reload or self.preflight or self._reload_wanted or self._upgrade_wanted)
 
+    @property
+    def next_upgrade(self) -> str | None:
+        """The interpreter of the upgrade that comes next, empty for ours; None when there is none."""
+        return self._upgrade_wanted.python if self._upgrade_wanted is not None else None
+
     # What is wanted.
 
     def ask_for_reload(self, only: str | None = None, tell: Tell | None = None) -> None:
@@ -92,15 +97,22 @@ class Renewals:
     def ask_for_upgrade(self, python: str = "", tell: Tell | None = None) -> None:
         """Want what this interpreter runs to take over under our pid; ours, if none is given."""
         wanted = self._upgrade_wanted or _Wanted()
-        wanted.python = python or wanted.python or sys.executable
+        wanted.python = python or wanted.python
         wanted.tell += [tell] if tell else []
         self._upgrade_wanted = wanted
 
-    def resume(self, release: str) -> None:
-        """We are what an upgrade has come to, from this release: a reload is its end."""
+    def resume(self, release: str, next_upgrade: str | None, refusal: str) -> None:
+        """We are what an upgrade has come to, from this release: a reload is its end.
+
+        ``next_upgrade``: the one that was asked for meanwhile. ``refusal``: why somebody has come back to us.
+        """
+        if next_upgrade is not None:
+            self.ask_for_upgrade(next_upgrade)
+        if refusal:
+            return self._refuse_upgrade(refusal)
         self._upgraded_from = release
         log.event("upgraded", **{"from": release, "to": __version__}, python=platform.python_version())
-        self.ask_for_reload()
+        return self.ask_for_reload()
 
     # What is done about it.
 
@@ -131,12 +143,16 @@ class Renewals:
 
     def stop(self) -> None:
         """The daemon stops: let go of everything."""
-        for wanted in (self._reload_wanted, self._upgrade_wanted):
-            for tell in wanted.tell if wanted else ():
-                tell(Outcome("reload", Phase.ABANDONED.value, "the daemon is stopping"))
+        wanted: list[tuple[Literal["reload", "upgrade"], _Wanted | None]]
+        wanted = [("reload", self._reload_wanted), ("upgrade", self._upgrade_wanted)]
         self._reload_wanted = self._upgrade_wanted = None
+        for what, each in wanted:
+            for tell in each.tell if each else ():
+                tell(Outcome(what, Phase.ABANDONED.value, "the daemon is stopping"))
         if self.preflight is not None:
-            self.preflight.kill()
+            self.preflight.let_go()
+            self.preflight = None
+            self._refuse_upgrade("the daemon is told to stop")
         if self.reload is not None:
             self.reload.stop()
             self.settle(may_begin=False)
@@ -150,16 +166,20 @@ class Renewals:
         elif self._upgrade_wanted is not None:
             wanted, self._upgrade_wanted = self._upgrade_wanted, None
             self._tell = wanted.tell
+            python = wanted.python or sys.executable
             boot_timeout = sum(service.newest.settings.boot_timeout for service in self.roster.targets)
             try:
-                self.preflight = Preflight(wanted.python, self.write_state(), boot_timeout, self.selector)
-            except OSError as error:
-                self._refuse_upgrade(f"{wanted.python}: {error.strerror}")
+                self.preflight = Preflight(python, self.write_state(), boot_timeout, self.selector)
+            except (OSError, ValueError) as error:
+                self._refuse_upgrade(f"{python}: {error}")
 
     def _fly(self, preflight: Preflight) -> None:
         """Upgrade, if the preflight went well."""
         self.preflight = None
-        self._refuse_upgrade(preflight.failure or self.hand_over(preflight.python))
+        try:
+            self._refuse_upgrade(preflight.failure or self.hand_over(preflight.python))
+        except (OSError, ValueError) as error:
+            self._refuse_upgrade(f"{preflight.python}: {error}")
 
     def _refuse_upgrade(self, reason: str) -> None:
         if "\n" in reason:

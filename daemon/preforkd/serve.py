@@ -2,6 +2,7 @@
 
 import os
 import selectors
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import monotonic, time_ns
@@ -18,6 +19,7 @@ from preforkd.roster import Roster, not_passed
 from preforkd.runtime import control_place, make_directory
 from preforkd.sources import Checked, Faults
 from preforkd.takeover import Held, Lock, Namesake, Stopped, take_over
+from preforkd.upgrade import Handed
 from preforkd.wakeup import release
 from preforkd_workers.scoreboard import STARTED_AT
 
@@ -58,24 +60,34 @@ def serve(checked: Checked, read: Callable[[], Checked], watched: Sequence[str] 
         return _run(_master(roster, read, manager, around, tidy), watched)
 
 
-def resume(state: int, read: Callable[[], Checked], watched: Sequence[str] | None = None) -> Exit:
+def resume(handed: Handed, read: Callable[[], Checked], watched: Sequence[str] | None = None) -> Exit:
     """Go on where a master before us under the same pid has handed over, and reload. Signals as for ``serve``."""
-    inherited = handover.read(state)
-    os.close(state)
-    manager = Manager.take(os.environ)
     with ExitStack() as tidy:
-        around = handover.surroundings(inherited)
-        if around.lock is not None:
-            _keep(around.lock, tidy)
-        if around.control is not None:
-            tidy.callback(around.control.close)
-        selector = tidy.enter_context(selectors.DefaultSelector())
-        roster = handover.take_over(inherited, selector, manager)
-        tidy.callback(roster.close)
-        limits.use_all_descriptors(inherited.nofile)
-        master = _master(roster, read, manager, around, tidy)
-        master.resume(inherited.release, around)
+        try:
+            master = _resumed(handed, read, tidy)
+        except Exception:
+            log.text("upgrade", traceback.format_exc())
+            handed.go_back(traceback.format_exc())  # before anything is closed
+            raise
+        os.close(handed.state)
         return _run(master, watched)
+
+
+def _resumed(handed: Handed, read: Callable[[], Checked], tidy: ExitStack) -> Master:
+    inherited = handover.read(handed.state)
+    manager = Manager.take(os.environ)
+    around = handover.surroundings(inherited)
+    if around.lock is not None:
+        _keep(around.lock, tidy)
+    if around.control is not None:
+        tidy.callback(around.control.close)
+    selector = tidy.enter_context(selectors.DefaultSelector())
+    roster = handover.take_over(inherited, selector, manager)
+    tidy.callback(roster.close)
+    limits.use_all_descriptors(inherited.nofile)
+    master = _master(roster, read, manager, around, tidy)
+    master.resume(inherited.release, around, handed.refusal)
+    return master
 
 
 def _master(

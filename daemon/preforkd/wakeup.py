@@ -10,11 +10,12 @@ class WakeUp:
     """Turns the given signals into something that a selector can wait for (signal.set_wakeup_fd)."""
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
+        self.signals = frozenset(signals)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in signals:
+        for number in self.signals:
             signal.signal(number, lambda *_: None)  # the byte on the pipe is what counts
 
     def fileno(self) -> int:
