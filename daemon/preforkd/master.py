@@ -214,6 +214,8 @@ class Master:
 
     def answer_signals(self) -> None:
         for number in self.wakeup.arrived():
+            if number is not signal.SIGCHLD:  # that says nothing of what somebody wants
+                log.event("signal", name=number.name)
             SIGNALS[number](self)
 
     def drain(self) -> None:

@@ -81,7 +81,7 @@ class Reload:
                 event = _all([service.has_rolled() for service in self.services])
                 self._note_progress()
             case _:
-                event = Event.SUCCEEDED if all(each.pool.is_full for each in self.services) else None
+                event = Event.SUCCEEDED if all(each.has_rolled_back() for each in self.services) else None
         return event or (Event.LATE if monotonic() >= self.deadline else None)
 
     def _note_progress(self) -> None:

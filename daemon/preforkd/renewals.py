@@ -32,8 +32,8 @@ class Outcome:
 
     def __str__(self) -> str:
         """For a line of status."""
-        first = self.error.splitlines()[-1] if self.error else ""
-        return f"{self.what} {self.result}" + (f": {first}" if first else "")
+        reason = self.details.get("reason") or (self.error.splitlines()[-1] if self.error else "")
+        return f"{self.what} {self.result}" + (f": {reason}" if reason else "")
 
 
 Tell = Callable[[Outcome], object]
@@ -174,10 +174,10 @@ class Renewals:
         result, daemon = verdict.result, self.roster.board.daemon
         why: dict[str, Any] = {}
         if verdict.failed_in is not None:
-            lines = verdict.reason.splitlines() or [""]
-            if len(lines) > 1:
+            reason = _headline(verdict.reason)
+            if reason != verdict.reason:
                 log.text("reload", verdict.reason)
-            why = {"phase": verdict.failed_in.value, "reason": lines[-1]}
+            why = {"phase": verdict.failed_in.value, "reason": reason}
         log.event(f"reload_{result.value}", gen=verdict.generation, **why, seconds=verdict.seconds)
         if result.value in RESULTS:
             daemon[RELOADS + RESULTS.index(result.value)] += 1
@@ -200,3 +200,14 @@ class Renewals:
         tell, self._tell = self._tell, []
         for each in tell:
             each(outcome)
+
+
+def _headline(reason: str) -> str:
+    """A reason of many lines in one: of a traceback whose it is and its last line, of faults the first."""
+    first, *more = reason.splitlines() or [""]
+    if not more:
+        return first
+    if first.endswith(":"):
+        last = next((line for line in reversed(more) if not line.startswith("(")), "")  # what is not our remark
+        return f"{first} {last}"
+    return f"{first}; and {len(more)} more"
