@@ -63,7 +63,7 @@ def test_a_lane_that_several_listeners_have_woken_at_once_takes_from_each_althou
 ) -> None:
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs), ExitStack() as clients:
-        lane = Lane(servers, Lifeline(theirs), Tally(blank_row()))  # type: ignore[arg-type]
+        lane = Lane(servers, Lifeline(theirs), Tally(blank_row()))
         asked = [clients.enter_context(socket.create_connection(each.server_address)) for each in servers]  # type: ignore[arg-type]
         for server in servers:
             server.socket.setblocking(False)

@@ -550,6 +550,14 @@ def test_an_address_that_somebody_else_has_is_refused(site: Site) -> None:
     assert site.versions(2) == {"one"}
 
 
+def test_more_services_than_fit_are_refused_and_the_daemon_lives(site: Site) -> None:
+    site.start(TWO)
+    many = (f'[services.{"x" * 600}{n}]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:0"]' for n in range(99))
+    site.settings(TWO + "\n" + "\n".join(many))
+    assert "have fewer, or shorter names" in site.reload("refused")
+    assert site.versions() == {"one"}
+
+
 def test_another_host_with_a_port_of_our_own_needs_a_restart(site: Site) -> None:
     site.start(TWO)
     site.settings(TWO, listen=f"tcp://127.0.0.1:{free_port()}")
