@@ -79,6 +79,7 @@ class Mold(Process):
         self.deadline = self.born + boot_timeout
         self.cause: str | None = None
         self.is_mute = False
+        self.has_said_why = False
         self.stack = ""
         self.outbox: list[tuple[str, str]] = []
         self.has_hung_up = False

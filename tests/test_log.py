@@ -21,13 +21,13 @@ Extension modules: x"""
     [
         ("", ""),
         ("one line", "one line"),
-        ("first fault\nsecond fault", "first fault"),
+        ("first fault\nsecond fault", "first fault; and 1 more"),
         (
             "services.a:\n  File \"app.py\", line 7\n    x(\n     ^\nSyntaxError: '(' was never closed",
-            "SyntaxError: '(' was never closed",
+            "services.a: SyntaxError: '(' was never closed",
         ),
-        (TRACEBACK, "ValueError: no"),
-        (STACK, "the import of a took longer"),
+        (TRACEBACK, "services.a: ValueError: no"),
+        (STACK, "services.a: the import of a took longer"),
     ],
 )
 def test_a_reason_in_a_line_is_what_was_raised_or_the_sentence_that_it_begins_with(reason: str, line: str) -> None:

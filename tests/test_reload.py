@@ -481,6 +481,33 @@ def test_a_stop_ends_a_reload_in_every_phase(site: Site, phase: str, number: sig
     assert len(site.daemon.log.matches("^reload_started")) == 1
 
 
+def test_the_line_that_ends_a_reload_says_whose_fault_it_is_and_which(site: Site) -> None:
+    site.start(TWO)
+    site.write("broken", "raise SystemExit(3)")
+    assert 'phase=molds reason="services.app: SystemExit: 3"' in site.reload("rolled_back")
+    site.settings("max_children = 0\nmax_surge = -1")
+    assert 'phase=settings reason="services.app.max_children: ' in site.reload("refused")
+    assert '; and 1 more"' in site.daemon.log.lines[-1]
+    assert len(site.daemon.log.matches("^signal name=SIGHUP")) == 2
+
+
+def test_with_the_old_mold_dead_and_the_files_broken_the_verdict_does_not_wait_for_it(site: Site) -> None:
+    site.start(TWO)
+    site.write("broken", "raise SystemExit(3)")
+    kill(site.daemon.titled("mold app")[0])
+    site.daemon.log.wait_for("^mold_exit .*retry_in=0.5s")
+    kill(site.daemon.workers()[0])
+    assert float(site.reload("rolled_back").partition(" seconds=")[2].split()[0]) < 5.0
+    failures = site.daemon.log.matches("^boot_failed service=app .* gen=1")
+    stacks = site.daemon.log.matches(r"^app\| SystemExit: 3")
+    assert len(failures) == len(stacks) >= 2  # each is told once
+    assert not site.daemon.log.matches("the import ended the process")
+    site.write("two")
+    site.reload()
+    assert site.versions() == {"two"}
+    eventually(lambda: len(site.daemon.workers()) == 2)
+
+
 # Listeners and services.
 
 
@@ -523,6 +550,14 @@ def test_an_address_that_somebody_else_has_is_refused(site: Site) -> None:
         site.settings(TWO, listen=f"tcp://127.0.0.1:{other.getsockname()[1]}")
         assert "address in use" in site.reload("refused")
     assert site.versions(2) == {"one"}
+
+
+def test_more_services_than_fit_are_refused_and_the_daemon_lives(site: Site) -> None:
+    site.start(TWO)
+    many = (f'[services.{"x" * 600}{n}]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:0"]' for n in range(99))
+    site.settings(TWO + "\n" + "\n".join(many))
+    assert "have fewer, or shorter names" in site.reload("refused")
+    assert site.versions() == {"one"}
 
 
 def test_another_host_with_a_port_of_our_own_needs_a_restart(site: Site) -> None:

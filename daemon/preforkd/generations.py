@@ -166,7 +166,7 @@ class Generation:
                 mold.ready, mold.deadline = True, float("inf")
                 self._log("mold_ready", mold, kind=rest, seconds=round(monotonic() - mold.born, 3))
             case protocol.FAILED:
-                self.failure = rest
+                self.failure, mold.has_said_why = rest, True
             case protocol.SPAWNED:
                 serial, pid = map(int, rest.split())
                 self.pool.spawned(serial, pid)
@@ -201,7 +201,7 @@ class Generation:
         how = f"signal {name_of(-exitcode)}" if exitcode < 0 else f"status {exitcode}"
         if mold.cause == "boot":
             self.failure = f"the import of {self.spec.target} took longer than boot_timeout{stack}"
-        elif not mold.ready and self.failure is None:
+        elif not mold.ready and not mold.has_said_why:
             self.failure = f"{self.spec.target}: the import ended the process ({how}){stack}"
         elif stack:
             log.text(self.spec.service, stack)

@@ -28,6 +28,7 @@ class Mold:
         self.ready = False
         self.cause: str | None = None  # why it was killed, if it was
         self.is_mute = False  # its end of the channel is closed
+        self.has_said_why = False  # it could not be started
         self.stack = ""  # what faulthandler has written when it was killed
 
     @classmethod

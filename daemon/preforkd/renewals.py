@@ -5,7 +5,7 @@ import selectors
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import time_ns
+from time import monotonic, time_ns
 from typing import Any, Literal
 
 from preforkd import __version__, log
@@ -68,6 +68,7 @@ class Renewals:
         self.write_state = write_state
         self.hand_over = hand_over
         self.reload: Reload | None = None
+        self.reloads = 0  # how many have begun
         self.preflight: Preflight | None = None
         self.last: Outcome | None = None
         self._reload_wanted: _Wanted | None = None
@@ -84,6 +85,16 @@ class Renewals:
     def next_upgrade(self) -> str | None:
         """The interpreter of the upgrade that comes next, empty for ours; None when there is none."""
         return self._upgrade_wanted.python if self._upgrade_wanted is not None else None
+
+    def report(self) -> dict[str, object] | None:
+        """What there is, and how far it is; None: nothing."""
+        if self.preflight is not None:
+            return {"what": "upgrade", "phase": "preflight"}
+        if self.reload is None:
+            return None
+        seconds = round(monotonic() - self.reload.since, 3)
+        where = {"phase": self.reload.phase.value, "seconds": seconds, "generation": self.roster.generation}
+        return {"what": "upgrade" if self._upgraded_from else "reload", **where}
 
     # What is wanted.
 
@@ -161,6 +172,7 @@ class Renewals:
         if self._reload_wanted is not None:
             wanted, self._reload_wanted = self._reload_wanted, None
             self._tell = wanted.tell
+            self.reloads += 1
             self.reload = Reload(self.roster, self.read, wanted.only)
             self.roster.settle()
         elif self._upgrade_wanted is not None:

@@ -79,8 +79,6 @@ class Roster:
             checked, names = self._narrowed(checked, only), [name for name in names if name in only]
         faults = changes_that_need_a_restart(self.checked, checked)
         change = Change(checked, names, {}, [name for name in self.services if name not in _names(checked)])
-        if not self.board.has_room_for({name: [each.url for each in checked.addresses[name]] for name in names}):
-            faults.append("services: more than the scoreboard can describe, with those that were here before")
         missing = {name: self._hold(change, name) for name in names}
         for bound, address, _ in change.held:
             faults += [f"{_where(change, bound)}: {why}" for why in [bound.cannot_become(address)] if why]
@@ -91,11 +89,21 @@ class Roster:
                 self._open(change, place, faults)
         except ListenError as refusal:
             faults.append(str(refusal))
+        if not faults:
+            faults += self._lacks_room(change)
         if faults:
             for made in change.opened:
                 made.close()
             raise Faults(faults)
         return change
+
+    def _lacks_room(self, change: Change) -> list[str]:
+        """Whether the scoreboard cannot hold what would be there, old and new together."""
+        urls = {name: {bound.listener.url for bound in service.listeners} for name, service in self.services.items()}
+        for name, listeners in change.loaded.items():
+            urls[name] = urls.get(name, set()) | {bound.listener.url for bound in listeners}
+        reason = self.board.lacks_room({name: [*each] for name, each in urls.items()})
+        return [f"services: {reason}; have fewer, or shorter names, or several daemons"] if reason else []
 
     def _hold(self, change: Change, name: str) -> list[Address]:
         """Have a service keep, or take over, what is open already. Returns the addresses that are not."""

@@ -119,6 +119,10 @@ class Service:
         self._list_listeners()
         return None
 
+    def has_rolled_back(self) -> bool:
+        """Whether the old generation is whole again, or cannot be for now: its mold is gone, and none starts again."""
+        return self.pool.is_full or bool(self.current and self.current.failed_molds)
+
     def commit(self) -> None:
         """The next generation is the current one from now on."""
         if self.current is not None:

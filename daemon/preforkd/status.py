@@ -18,6 +18,7 @@ def report(master: "Master") -> dict[str, object]:
         **master.identity(),
         "state": _state(master),
         "age": round(monotonic() - master.started, 3),
+        "now": master.renewals.report(),
         "last": str(master.renewals.last) if master.renewals.last else None,
         "services": [_service(service) for service in master.roster],
     }
