@@ -380,6 +380,29 @@ def test_settings_that_have_changed_are_taken_up(site: Deployment) -> None:
     assert site.ask("version", "app") == site.ask("version", "more") == "one"
 
 
+def test_a_listener_is_given_to_a_server_class_as_before(site: Deployment) -> None:
+    """In non-blocking mode: the other mode would be that of everybody who holds it, those that serve included."""
+    site.write(
+        "one",
+        """
+class Server(TCPServer):
+    def server_activate(self):
+        self.given = self.socket.gettimeout()
+        super().server_activate()
+
+
+class Given(StreamRequestHandler):
+    def handle(self):
+        self.wfile.write(str(self.server.given).encode())
+""",
+    )
+    listen = ("--listen", "tcp://127.0.0.1:0", "--set", "probation=0s")
+    site.daemon = site.serve("app.py:Server", "--handler", "app.py:Given", *listen)
+    assert site.ask() == "0.0"
+    site.upgrade()
+    assert site.ask() == "0.0"
+
+
 # From one to another.
 
 
