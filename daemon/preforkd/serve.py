@@ -66,8 +66,7 @@ def resume(handed: Handed, read: Callable[[], Checked], watched: Sequence[str] |
         try:
             master = _resumed(handed, read, tidy)
         except Exception:
-            log.text("upgrade", traceback.format_exc())
-            handed.go_back(traceback.format_exc())  # before anything is closed
+            handed.go_back(traceback.format_exc().rstrip())  # before anything is closed
             raise
         os.close(handed.state)
         return _run(master, watched)
