@@ -777,7 +777,7 @@ def test_more_services_than_can_be_described_are_refused_and_the_master_survives
         for number in range(60)
     ]
     site.settings("\n".join([TWO, *many]))
-    assert "more than the scoreboard can describe" in site.reload("refused")
+    assert "bytes of description, not 65536; have fewer, or shorter names" in site.reload("refused")
     site.settings(TWO)
     site.reload()
 
