@@ -450,7 +450,7 @@ def test_only_status_loads_what_is_heavy() -> None:
 
 @contextmanager
 def answering(path: Path, *answers: Callable[[dict[str, object]], list[bytes]]) -> Iterator[list[object]]:
-    """A daemon of which nothing is real but the socket: each connection sends one request, beside pings, and gets these."""
+    """A daemon of which nothing is real but the socket: a connection sends pings and one request, and gets these."""
     asked: list[object] = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.settimeout(DEADLINE)

@@ -10,10 +10,10 @@ The file describes itself in JSON, so that a reader needs nothing but the descri
     | directory | directory | daemon words | blocks: service words, listener words, rows, in the order of their making |
 
 Blocks are added while the daemon runs, when a reload brings services, listeners or a larger pool; none is ever moved,
-and what a service has counted stays when it goes, for it may come back (of those gone, MOST_GONE are
-remembered). Of the two directories the one is valid that the parity of the word LAYOUT says; the master writes the other one and then adds one to LAYOUT, so a reader
-never sees half a directory. The file is as long as it will ever be from the start, and mapped once: what nobody has
-written to takes no memory.
+and what a service has counted stays when it goes, for it may come back; of those gone, MOST_GONE are remembered. Of the
+two directories the one is valid that the parity of the word LAYOUT says; the master writes the other one and then adds
+one to LAYOUT, so a reader never sees half a directory. The file is as long as it will ever be from the start, and
+mapped once: what nobody has written to takes no memory.
 """
 
 import json
