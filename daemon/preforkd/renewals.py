@@ -143,9 +143,13 @@ class Renewals:
 
     def stop(self) -> None:
         """The daemon stops: let go of everything."""
-        for wanted in (self._reload_wanted, self._upgrade_wanted):
+        dropped: list[tuple[Literal["reload", "upgrade"], _Wanted | None]] = [
+            ("reload", self._reload_wanted),
+            ("upgrade", self._upgrade_wanted),
+        ]
+        for what, wanted in dropped:
             for tell in wanted.tell if wanted else ():
-                tell(Outcome("reload", Phase.ABANDONED.value, "the daemon is stopping"))
+                tell(Outcome(what, Phase.ABANDONED.value, "the daemon is stopping"))
         self._reload_wanted = self._upgrade_wanted = None
         if self.preflight is not None:
             self.preflight.kill()
