@@ -585,6 +585,45 @@ def test_a_service_of_another_name_takes_over_the_listener_of_one_that_goes(site
     eventually(lambda: not site.daemon.titled("worker app#") + site.daemon.titled("mold app "))
 
 
+def test_a_socket_file_that_somebody_has_removed_is_made_again(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    site.write("one")
+    site.settings(TWO, listen=f"unix:{path}")
+    site.daemon = site.serve("-c", "preforkd.toml")
+    path.unlink()
+    site.reload()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"version\n")
+        assert client.recv(9) == b"one\n"
+    site.reload()
+    assert path.exists()
+
+
+def test_a_size_that_is_changed_while_the_workers_are_drained_counts_when_they_are_refilled(site: Site) -> None:
+    site.start(TWO)
+    assert site.daemon.ctl("drain").returncode == 0
+    site.settings(TWO.replace("2", "3"))
+    site.reload()
+    assert "workers=app:3" in site.daemon.ctl("refill").stdout
+
+
+def test_a_limit_that_is_lowered_while_we_run_is_no_end_of_reloads(site: Site) -> None:
+    site.start(TWO)
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (200, 200))
+    site.reload()
+    site.settings(TWO + '\nboot_timeout = "1s"')
+    eventually(lambda: len(site.daemon.family()) == 3)
+    site.daemon.ctl("ping")  # by now the master has let go of those who have left
+    taken = {int(name) for name in os.listdir(f"/proc/{site.daemon.pid}/fd")}
+    free = next(number for number in range(200) if number not in taken)
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (free + 1, 200))  # for the file, but for no socket pair
+    line = site.reload("rolled_back")
+    assert 'reason="services.app: no mold could be forked: Too many open files"' in line
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (200, 200))
+    site.reload()
+
+
 def test_services_come_and_go_and_come_again_while_their_old_workers_drain(site: Site) -> None:
     port = free_port()
     second = f'\n[services.second]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:{port}"]\nmax_children = 1'

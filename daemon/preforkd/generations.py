@@ -72,6 +72,7 @@ class Generation:
         self.not_before = 0.0
         self.leaving: set[int] = set()  # pids of molds that were let go and are to be reaped
         self.failure: str | None = None  # why the target could not be started, since somebody took notice
+        self.refusal = ""  # why the system would not fork a mold
         self.molds_lost = 0
         self.boot_failures = 0
         self.crashes = 0
@@ -140,6 +141,7 @@ class Generation:
             mold = Mold.fork(self.spec, self.settings.boot_timeout)
         except OSError as error:
             self._hold_back(failed=True)
+            self.refusal = error.strerror or str(error)
             retry_in = f"{pause(self.failed_molds):.1f}s"
             log.event("mold_refused", service=self.spec.service, reason=error.strerror, retry_in=retry_in)
             return

@@ -1,7 +1,6 @@
 """The limit on open descriptors: the master needs two for every worker, targets get what they were started with."""
 
 import resource
-from contextlib import suppress
 
 _inherited = resource.getrlimit(resource.RLIMIT_NOFILE)
 
@@ -19,6 +18,6 @@ def inherited() -> tuple[int, int]:
 
 
 def restore() -> None:
-    """Back to the limit that we were started with."""
-    with suppress(ValueError, OSError):  # somebody has lowered it meanwhile (prlimit(2)): so be it
-        resource.setrlimit(resource.RLIMIT_NOFILE, _inherited)
+    """Back to the limit that we were started with, or what somebody has left of it since (prlimit(1))."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_inherited[0], hard), min(_inherited[1], hard)))

@@ -95,7 +95,9 @@ class Bound:
     is_kept: bool = False  # by the service manager, so that its file must stay
 
     def serves(self, address: Address) -> bool:
-        """Whether this is the listener for an address."""
+        """Whether this is the listener for an address, and still: its file may have been removed, or be another's."""
+        if self.path and file_of(self.address) != self.inode:
+            return False
         return self.address.url == address.url if address.place is None else self.address.place == address.place
 
     def stands_in_the_way_of(self, address: Address) -> bool:

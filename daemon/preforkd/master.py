@@ -310,7 +310,8 @@ class Master:
         log.event("refilling")
         sizes, self.sizes_before_drain = self.sizes_before_drain, {}
         for service in self.roster.targets:
-            service.pool.resize(sizes.get(service.name, service.pool.size))
+            size, service.size_on_refill = service.size_on_refill, None
+            service.pool.resize(size or sizes.get(service.name, service.pool.size))
 
     def resize(self, by: int) -> None:
         for service in self.roster.targets if not (self.is_stopping or self.is_drained) else ():

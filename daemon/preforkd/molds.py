@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
@@ -91,6 +92,8 @@ def _become_mold(spec: Spec, channel: socket.socket) -> None:
         from preforkd_workers import mold  # here and not above: the master does without socketserver
 
         mold.run(spec, channel)
+    except BaseException:  # a fault of ours, or no memory: nobody else would say so
+        traceback.print_exc()
     finally:
         os._exit(1)
 

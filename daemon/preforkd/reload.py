@@ -134,6 +134,8 @@ class Reload:
                 return f"services.{service.name}: the new mold died"
             if generation.crashes:
                 return f"services.{service.name}: new workers died: {generation.crashes}"
+            if generation.refusal and not generation.ready:
+                return f"services.{service.name}: no mold could be forked: {generation.refusal}"
         return f"no progress for {self._boot_timeout():g} s" if event is Event.LATE else ""
 
 

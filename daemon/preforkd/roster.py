@@ -83,7 +83,7 @@ class Roster:
         for bound, address, _ in change.held:
             faults += [f"{_where(change, bound)}: {why}" for why in [bound.cannot_become(address)] if why]
         try:
-            found = places(missing, self.inherited)
+            found = places(missing, self.inherited, {bound.name for bound in self.bound})
             self.inherited.let_go(self.manager)
             for place in found:
                 self._open(change, place, faults)
