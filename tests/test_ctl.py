@@ -463,10 +463,10 @@ def answering(path: Path, *answers: Callable[[dict[str, object]], list[bytes]]) 
                 with connection, connection.makefile("rb") as lines:
                     for line in lines:
                         request = json.loads(line)
-                        asked.append(request["do"])
                         if request["do"] == "ping":
                             connection.sendall(b'{"v": 1, "ok": true}\n')
                             continue
+                        asked.append(request["do"])
                         connection.sendall(b"".join(answer(request)))
                         break
             listener.close()
