@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -59,3 +61,17 @@ def test_the_store_keeps_the_listeners_of_the_last_reload_and_the_counters(tmp_p
         assert outcomes == {"answered": outcomes["answered"]}
         counted = 'preforkd_requests_total{outcome="ok",service="upper"}'
         eventually(lambda: metrics(9109)[counted] == 1 + outcomes["answered"])
+
+
+def test_a_reload_by_preforkctl_gives_systemctl_the_verdict(tmp_path: Path) -> None:
+    ctl = f"{sys.executable} -m preforkd.ctl -s /run/under-test/control.sock reload"
+    with Unit("-c", write(tmp_path), ExecReload=ctl) as unit:
+        write(tmp_path, code="broken(\n")
+        assert (
+            subprocess.run(["systemctl", "reload", unit.name], stderr=subprocess.DEVNULL, check=False).returncode == 1
+        )
+        unit.log.wait_for("^SyntaxError: '\\(' was never closed")
+        assert ask_stream(("127.0.0.1", 9000)) == b"QUESTION\n"
+        write(tmp_path)
+        systemctl("reload", unit.name)
+        assert unit.show("ActiveState") == "active"
