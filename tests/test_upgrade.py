@@ -393,6 +393,7 @@ class Server(TCPServer):
 
 class Given(StreamRequestHandler):
     def handle(self):
+        self.rfile.read()
         self.wfile.write(str(self.server.given).encode())
 """,
     )
