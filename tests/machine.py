@@ -16,7 +16,7 @@ from typing import Self
 import pytest
 
 from preforkd import children, generations, pool, reload, service
-from preforkd_workers.protocol import DRAIN, FAILED, LEAVING, READY, SPAWNED
+from preforkd_workers.protocol import DRAIN, FAILED, LEAVING, READY, SPAWNED, Order
 from preforkd_workers.scoreboard import BEGUN, ERRORS, OK, Scoreboard
 from preforkd_workers.spec import Spec
 
@@ -79,6 +79,7 @@ class Mold(Process):
         self.deadline = self.born + boot_timeout
         self.cause: str | None = None
         self.is_mute = False
+        self.has_said_why = False
         self.stack = ""
         self.outbox: list[tuple[str, str]] = []
         self.has_hung_up = False
@@ -91,7 +92,7 @@ class Mold(Process):
     def fork(cls, spec: Spec, boot_timeout: float) -> Self:
         return cls(spec, boot_timeout)
 
-    def ask(self, serial: int, slot: int, row_at: int, end: socket.socket) -> None:
+    def ask(self, order: Order, end: socket.socket) -> None:
         if not self.is_alive:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         if self.machine.cannot_fork:
@@ -101,10 +102,10 @@ class Mold(Process):
             service=self.service,
             generation=self.generation,
             end=end.dup(),
-            row=self.machine.board.row_at(row_at),
+            row=self.machine.board.row_at(order.row_at),
         )
         self.machine.processes[made.pid] = made
-        self.outbox.append((SPAWNED, f"{serial} {made.pid}"))
+        self.outbox.append((SPAWNED, f"{order.serial} {made.pid}"))
 
     def hear(self) -> Iterator[tuple[str, str]]:
         while self.outbox:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from preforkd import completion
+from preforkd import completion, ctl
 from tests.conftest import TARGETS, Serve
 from tests.daemon import DEADLINE, Daemon, Log, eventually, preforkctl
 from tests.test_control import Client as ControlClient
@@ -105,6 +105,29 @@ def test_status_shows_the_backlog_and_who_is_leaving(serve: Serve) -> None:
         assert sorted(worker["state"] for worker in service["workers"]) == ["busy", "draining"]
         assert {worker["pid"] for worker in service["workers"]} == {first.pid, second.pid}
         assert all(worker["memory"] > 1 << 20 and ":" in worker["peer"] for worker in service["workers"])
+
+
+def test_status_tells_how_far_a_reload_is(serve: Serve) -> None:
+    daemon = serve(":Obey", *TCP, *TWO, "--set", "probation=60")
+    daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("^worker_ready .* gen=2 ")
+    assert re.search(r"^now: reload, probation for \d+\.\ds, generation 2$", done(daemon, "status"), re.MULTILINE)
+    report = json.loads(done(daemon, "status", "--json"))
+    assert report["now"] | {"seconds": 0} == {"what": "reload", "phase": "probation", "seconds": 0, "generation": 2}
+
+
+def test_a_daemon_that_does_not_turn_its_loop_is_not_waited_for(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon = serve(":Obey", *TCP, *TWO)
+    path = daemon.control
+    monkeypatch.setattr(ctl, "PATIENCE", 1.0)
+    daemon.signal(signal.SIGSTOP)
+    try:
+        assert ctl.main(["-s", path, "reload"]) == 1
+    finally:
+        daemon.signal(signal.SIGCONT)
+    assert "no answer within 1 s" in capsys.readouterr().err
 
 
 def test_status_tells_starting_and_stopping(serve: Serve, tmp_path: Path) -> None:
@@ -427,7 +450,7 @@ def test_only_status_loads_what_is_heavy() -> None:
 
 @contextmanager
 def answering(path: Path, *answers: Callable[[dict[str, object]], list[bytes]]) -> Iterator[list[object]]:
-    """A daemon of which nothing is real but the socket: each connection sends one request and gets these lines."""
+    """A daemon of which nothing is real but the socket: each connection asks once, beside pings, and gets these."""
     asked: list[object] = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.settimeout(DEADLINE)
@@ -440,10 +463,10 @@ def answering(path: Path, *answers: Callable[[dict[str, object]], list[bytes]]) 
                 with connection, connection.makefile("rb") as lines:
                     for line in lines:
                         request = json.loads(line)
-                        asked.append(request["do"])
                         if request["do"] == "ping":
                             connection.sendall(b'{"v": 1, "ok": true}\n')
                             continue
+                        asked.append(request["do"])
                         connection.sendall(b"".join(answer(request)))
                         break
             listener.close()
@@ -464,7 +487,7 @@ def test_an_upgrade_that_cuts_the_connection_is_asked_after(tmp_path: Path) -> N
         result = preforkctl("-s", path, "upgrade")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "preflight python=3.13\noutcome: done version=0.2.0 before=0.1.0\n"
-    assert asked == ["upgrade", "ping", "outcome", "ping", "outcome"]
+    assert asked == ["upgrade", "outcome", "outcome"]
     path.unlink()
     with answering(path, lambda _: [], lambda _: [bad]):
         result = preforkctl("-s", path, "upgrade")

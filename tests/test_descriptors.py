@@ -120,6 +120,13 @@ def test_places_take_what_was_kept_and_what_was_named() -> None:
     assert passed.taken == {"tcp%3A//127.0.0.1%3A0", "tcp%3A//127.0.0.1%3A0#2"}
 
 
+def test_a_listener_that_a_reload_adds_has_another_name_than_those_that_are_there() -> None:
+    url = "tcp://127.0.0.1:0"
+    used = {listener_name(url), listener_name(url, 3)}
+    added = places({"more": [parse(url), parse(url), parse("tcp://127.0.0.1:7")]}, Inherited(), used)
+    assert [place.count for place in added] == [2, 4, 1]
+
+
 def test_a_name_that_was_not_passed_is_refused() -> None:
     with pytest.raises(ListenError, match="fd:web: no descriptor of this name was passed"):
         places({"one": [parse("fd:web")]}, Inherited())

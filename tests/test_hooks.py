@@ -210,7 +210,7 @@ def test_what_a_hook_does_with_signals_does_not_last(serve: Serve, notes: Notes,
         daemon.signal(signal.SIGTERM)
         assert client.rest() == b""
     assert daemon.wait() == 0
-    assert "cause=drained " in exit_of(daemon, client.pid)
+    assert "cause=eof " in exit_of(daemon, client.pid)
     assert "takes_signals" in named(notes)
 
 

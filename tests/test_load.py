@@ -139,7 +139,7 @@ def test_a_stop_answers_whatever_was_accepted(serve: Serve, tmp_path: Path) -> N
         assert daemon.stop() == 0
         report = load.stop()
     assert set(report.faults) <= {"refused", "reset"}, report.text()  # they were in the backlog, or came later
-    ended = daemon.log.matches(r"^worker_exit service=stream .* cause=drained .* requests=(\d+) (lost)?")
+    ended = daemon.log.matches(r"^worker_exit service=stream .* cause=(?:drained|eof) .* requests=(\d+) (lost)?")
     assert sum(int(match[1]) for match in ended) == sum(report.answered.values())
     assert not any(match[2] for match in ended)
 

@@ -2,6 +2,7 @@
 
 import os
 import selectors
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from time import CLOCK_MONOTONIC, clock_gettime_ns
 import pytest
 
 from preforkd.notify import EXTEND_EVERY, STATUS_EVERY, Manager, Phase, Rhythm, status_line
-from tests.conftest import Serve
+from tests.conftest import TARGETS, Serve
 from tests.daemon import DEADLINE
 
 Listening = tuple[socket.socket, str]
@@ -209,6 +210,23 @@ def test_start_and_stop_are_told(serve: Serve, listening: Listening) -> None:
     while rest[-1] != ["STOPPING=1"]:
         rest.append(next(said))
     assert next(said)[0] == "EXTEND_TIMEOUT_USEC=10000000"  # for the drain
+
+
+def test_even_a_reload_that_is_refused_at_once_is_told_and_its_end(
+    serve: Serve, listening: Listening, tmp_path: Path
+) -> None:
+    """Or else ``systemctl reload`` waits for RELOADING=1 (systemd.service(5), Type=notify-reload)."""
+    receiver, name = listening
+    settings = tmp_path / "c.toml"
+    settings.write_text(f'[services.a]\ntarget = "{TARGETS}:Upper"\nlisten = ["tcp://127.0.0.1:0"]')
+    daemon = serve("-c", str(settings), environment={"NOTIFY_SOCKET": name})
+    settings.write_text("rubbish")
+    daemon.signal(signal.SIGHUP)
+    said = messages(receiver)
+    next(each for each in said if "READY=1" in each)
+    next(each for each in said if "RELOADING=1" in each)
+    ready = next(each for each in said if "READY=1" in each)
+    assert "last reload: reload refused: " in ready[1]
 
 
 def test_what_is_meant_for_the_master_does_not_reach_the_programs_of_a_handler(

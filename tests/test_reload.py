@@ -1,5 +1,7 @@
 """Reload as a transaction: new code and settings serve, or the old ones go on as if nothing had been."""
 
+import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.daemon import DEADLINE, eventually
-from tests.site import Site, Talk, free_port, kill
+from tests.site import Site, Talk, free_port, kill, udp
 
 METRICS = 'metrics = "tcp://127.0.0.1:0"'
 TWO = 'max_children = 2\nprobation = "0s"'
@@ -40,7 +42,7 @@ def test_a_reload_serves_the_code_that_has_changed_and_leaves_nobody_of_the_old(
     assert "gen=2" in site.reload()
     assert site.versions() == {"two"}
     eventually(lambda: not set(old) & set(site.daemon.alive()))
-    assert len(site.daemon.titled("mold app gen=2")) == 1
+    eventually(lambda: len(site.daemon.titled("mold app gen=2")) == 1)
     eventually(lambda: not site.daemon.titled("mold app gen=1"))
 
 
@@ -243,7 +245,7 @@ def test_code_that_is_broken_leaves_the_old_code_serving(site: Site, how: str, p
         assert said in site.daemon.log.text, site.daemon.log.text
     assert site.daemon.workers() == old
     assert site.versions(4) == {"one"}
-    assert len(site.daemon.titled("mold app")) == 1
+    eventually(lambda: len(site.daemon.titled("mold app")) == 1)
     site.write("three")
     site.settings(TWO)
     site.reload()
@@ -259,7 +261,7 @@ def test_the_old_generation_is_at_full_strength_from_the_old_mold_when_its_files
         kill(old[0])
         eventually(lambda old=old: len(set(site.daemon.workers()) - set(old)) == 1)  # type: ignore[misc]
     assert site.versions(4) == {"one"}
-    assert not site.daemon.titled("mold app gen=2")
+    eventually(lambda: not site.daemon.titled("mold app gen=2"))
 
 
 # Probation.
@@ -361,7 +363,7 @@ def test_old_workers_and_the_old_mold_may_be_killed_on_probation(site: Site) -> 
     ask_of(site, pid, "version", 5)
     site.ended()
     assert site.versions() == {"two"}
-    assert len(site.daemon.titled("mold app")) == 1
+    eventually(lambda: len(site.daemon.titled("mold app")) == 1)
 
 
 ROLLED = 'max_children = 12\nprobation = "0s"'
@@ -479,6 +481,33 @@ def test_a_stop_ends_a_reload_in_every_phase(site: Site, phase: str, number: sig
     assert len(site.daemon.log.matches("^reload_started")) == 1
 
 
+def test_the_line_that_ends_a_reload_says_whose_fault_it_is_and_which(site: Site) -> None:
+    site.start(TWO)
+    site.write("broken", "raise SystemExit(3)")
+    assert 'phase=molds reason="services.app: SystemExit: 3"' in site.reload("rolled_back")
+    site.settings("max_children = 0\nmax_surge = -1")
+    assert 'phase=settings reason="services.app.max_children: ' in site.reload("refused")
+    assert '; and 1 more"' in site.daemon.log.lines[-1]
+    assert len(site.daemon.log.matches("^signal name=SIGHUP")) == 2
+
+
+def test_with_the_old_mold_dead_and_the_files_broken_the_verdict_does_not_wait_for_it(site: Site) -> None:
+    site.start(TWO)
+    site.write("broken", "raise SystemExit(3)")
+    kill(site.daemon.titled("mold app")[0])
+    site.daemon.log.wait_for("^mold_exit .*retry_in=0.5s")
+    kill(site.daemon.workers()[0])
+    assert float(site.reload("rolled_back").partition(" seconds=")[2].split()[0]) < 5.0
+    failures = site.daemon.log.matches("^boot_failed service=app .* gen=1")
+    stacks = site.daemon.log.matches(r"^app\| SystemExit: 3")
+    assert len(failures) == len(stacks) >= 2  # each is told once
+    assert not site.daemon.log.matches("the import ended the process")
+    site.write("two")
+    site.reload()
+    assert site.versions() == {"two"}
+    eventually(lambda: len(site.daemon.workers()) == 2)
+
+
 # Listeners and services.
 
 
@@ -523,6 +552,78 @@ def test_an_address_that_somebody_else_has_is_refused(site: Site) -> None:
     assert site.versions(2) == {"one"}
 
 
+def test_more_services_than_fit_are_refused_and_the_daemon_lives(site: Site) -> None:
+    site.start(TWO)
+    many = (f'[services.{"x" * 600}{n}]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:0"]' for n in range(99))
+    site.settings(TWO + "\n" + "\n".join(many))
+    assert "have fewer, or shorter names" in site.reload("refused")
+    assert site.versions() == {"one"}
+
+
+def test_another_host_with_a_port_of_our_own_needs_a_restart(site: Site) -> None:
+    site.start(TWO)
+    site.settings(TWO, listen=f"tcp://127.0.0.1:{free_port()}")
+    site.reload()
+    port = port_of(site.daemon.url(index=1))
+    site.settings(TWO, listen=f"tcp://0.0.0.0:{port}")
+    said = f"tcp://0.0.0.0:{port}: tcp://127.0.0.1:{port} of ours has the port; needs a restart"
+    assert said in site.reload("refused")
+
+
+def test_a_service_of_another_name_takes_over_the_listener_of_one_that_goes(site: Site) -> None:
+    listen = f"tcp://127.0.0.1:{free_port()}"
+    site.write("one")
+    site.settings(TWO, listen=listen)
+    site.daemon = site.serve("-c", "preforkd.toml")
+    site.write("two")
+    site.settings(TWO, listen=listen, name="other")
+    with Talk(site.daemon) as talk:
+        site.reload()
+        eventually(lambda: site.versions() == {"two"})
+        assert talk.ask("version") == "one"
+    assert not site.daemon.log.matches("^closed")
+    eventually(lambda: not site.daemon.titled("worker app#") + site.daemon.titled("mold app "))
+
+
+def test_a_socket_file_that_somebody_has_removed_is_made_again(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    site.write("one")
+    site.settings(TWO, listen=f"unix:{path}")
+    site.daemon = site.serve("-c", "preforkd.toml")
+    path.unlink()
+    site.reload()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"version\n")
+        assert client.recv(9) == b"one\n"
+    site.reload()
+    assert path.exists()
+
+
+def test_a_size_that_is_changed_while_the_workers_are_drained_counts_when_they_are_refilled(site: Site) -> None:
+    site.start(TWO)
+    assert site.daemon.ctl("drain").returncode == 0
+    site.settings(TWO.replace("2", "3"))
+    site.reload()
+    assert "workers=app:3" in site.daemon.ctl("refill").stdout
+
+
+def test_a_limit_that_is_lowered_while_we_run_is_no_end_of_reloads(site: Site) -> None:
+    site.start(TWO)
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (200, 200))
+    site.reload()
+    site.settings(TWO + '\nboot_timeout = "1s"')
+    eventually(lambda: len(site.daemon.family()) == 3)
+    site.daemon.ctl("ping")  # by now the master has let go of those who have left
+    taken = {int(name) for name in os.listdir(f"/proc/{site.daemon.pid}/fd")}
+    free = next(number for number in range(200) if number not in taken)
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (free + 1, 200))  # for the file, but for no socket pair
+    line = site.reload("rolled_back")
+    assert 'reason="services.app: no mold could be forked: Too many open files"' in line
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (200, 200))
+    site.reload()
+
+
 def test_services_come_and_go_and_come_again_while_their_old_workers_drain(site: Site) -> None:
     port = free_port()
     second = f'\n[services.second]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:{port}"]\nmax_children = 1'
@@ -559,3 +660,176 @@ def test_the_exporter_comes_moves_and_goes(site: Site) -> None:
     site.reload()
     assert not is_open(second)
     eventually(lambda: not site.daemon.titled("worker metrics") + site.daemon.titled("mold metrics"))
+
+
+def test_unix_sockets_move_between_services_and_change_their_mode(site: Site) -> None:
+    a, b = site.directory / "a.sock", site.directory / "b.sock"
+
+    def settle(first: Path, second: Path, options: str = "") -> None:
+        other = f'[services.other]\ntarget = "app.py:Handler"\nlisten = ["unix:{second}"]'
+        site.settings(f"{TWO}\n{other}\n{TWO}", listen=f"unix:{first}{options}")
+
+    def ask(path: Path) -> str:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DEADLINE)
+            client.connect(str(path))
+            client.sendall(b"version\n")
+            return client.recv(100).decode()
+
+    site.write("one")
+    settle(a, b)
+    site.daemon = site.serve("-c", "preforkd.toml")
+    settle(b, a, "?mode=0600")
+    site.reload()
+    assert ask(a) == ask(b) == "one\n"
+    assert (a.stat().st_mode & 0o777, b.stat().st_mode & 0o777) == (0o666, 0o600)
+    settle(b, site.directory / "c.sock")
+    site.reload()
+    assert not a.exists()
+    assert ask(b) == ask(site.directory / "c.sock") == "one\n"
+    assert b.stat().st_mode & 0o777 == 0o666
+
+
+@pytest.mark.parametrize(
+    ("listen", "said"),
+    [
+        ("unix-dgram:{path}", "unix cannot become unix-dgram in place; needs a restart"),
+        ("unix:{path}?user=nobody-of-that-name", "there is no user 'nobody-of-that-name'"),
+        ("fd:5", "is passed at the start; needs a restart"),
+        ("fd:8", "is passed at the start; needs a restart"),
+        ("tcp://" + "a" * 64 + ":1", "no host can have such a name"),
+    ],
+)
+def test_listeners_that_cannot_be_are_refused_and_the_master_survives_them(site: Site, listen: str, said: str) -> None:
+    path = site.directory / "a.sock"
+    site.write("one")
+    site.settings(TWO, listen=f"unix:{path}")
+    site.daemon = site.serve("-c", "preforkd.toml")
+    eventually(lambda: len(site.daemon.family()) == 3)  # two workers and a mold
+    before = site.daemon.family(), site.daemon.descriptors()
+    site.settings(TWO, listen=listen.format(path=path))
+    assert said in site.reload("refused")
+    assert (site.daemon.family(), site.daemon.descriptors()) == before
+    site.settings(TWO, listen=f"unix:{path}")
+    site.reload()
+
+
+def test_a_datagram_that_is_being_answered_is_answered_although_its_listener_goes(site: Site) -> None:
+    os.mkfifo(site.directory / "gate")
+    text = 'max_children = 1\nprobation = "0s"'
+
+    def settle(port: int) -> None:
+        site.settings(text, listen=f"udp://127.0.0.1:{port}")
+        path = site.directory / "preforkd.toml"
+        path.write_text(path.read_text().replace("Handler", "Datagram"))
+
+    site.write("one")
+    settle(free_port(socket.SOCK_DGRAM))
+    site.daemon = site.serve("-c", "preforkd.toml")
+    with udp(site.daemon.address()) as client:
+        client.send(b"slow")
+        assert client.recv(100) == b"begun"
+        new = free_port(socket.SOCK_DGRAM)
+        settle(new)
+        site.write("two")
+        site.reload()
+        with open(site.directory / "gate", "w"):
+            pass
+        assert client.recv(100) == b"one"
+    with udp(("127.0.0.1", new)) as client:
+        client.send(b"quick")
+        assert client.recv(100) == b"two"
+
+
+def test_a_longer_queue_takes_effect(site: Site) -> None:
+    site.start(TWO, METRICS)
+    limit = f'preforkd_listen_backlog_limit{{listener="{site.daemon.url()}",service="app"}}'
+    eventually(lambda: site.daemon.metrics().get(limit) == 1024)
+    site.settings(f"{TWO}\nrequest_queue_size = 77", METRICS)
+    site.reload()
+    eventually(lambda: site.daemon.metrics()[limit] == 77)
+
+
+def test_where_any_port_will_do_every_service_keeps_its_own(site: Site) -> None:
+    any_port = (
+        '\n[services.{}]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:0"]\nmax_children = 1\nprobation = "0s"'
+    )
+    site.start(TWO + any_port.format("second"), METRICS)
+    ports = [site.daemon.address(name)[1] for name in ("app", "second", "metrics")]
+    site.settings(f"{any_port.format('zeroth')}{any_port.format('second')}", METRICS, name="app")
+    site.reload()
+    assert not site.daemon.log.matches("^closed")
+    site.settings("", METRICS, name="second")
+    site.reload()
+    assert [is_open(port) for port in ports] == [False, True, True]
+
+
+def test_a_scrape_is_answered_at_every_moment(site: Site) -> None:
+    site.start(TWO, METRICS)
+    done = 'preforkd_reloads_total{result="done"}'
+    before = 0.0
+    for number in range(1, 6):
+        site.write(f"v{number}")
+        site.hup()
+        while (now := site.daemon.metrics())[done] < number:
+            assert now['preforkd_workers_max{service="app"}'] == 2
+            assert now['preforkd_worker_spawns_total{service="app"}'] >= before
+            before = now['preforkd_worker_spawns_total{service="app"}']
+        site.ended()
+
+
+def test_a_master_short_of_descriptors_takes_a_reload_back(site: Site) -> None:
+    tried = on_probation(site, f'{TRIED}\nboot_timeout = "1s"')
+    limits = resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (5, limits[1]))
+    ask_of(site, tried, "version", 5)
+    site.daemon.log.wait_for("^spawn_refused .*RLIMIT_NOFILE")
+    assert "phase=rolling" in site.ended("rolled_back")
+    assert len(site.daemon.workers()) >= 2  # of both generations: nobody is sent away before there is another
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, limits)
+    eventually(lambda: site.versions(4) == {"one"})
+    eventually(lambda: tried not in site.daemon.alive())
+    site.settings(TWO)
+    site.reload()
+    assert site.versions(4) == {"two"}
+
+
+def test_a_limit_that_is_lowered_while_it_runs_is_no_failure_of_the_code(site: Site) -> None:
+    site.start(TWO)
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (200, 200))
+    site.reload()
+
+
+def test_a_stop_during_a_reload_does_not_wait_when_it_must_not_block(site: Site) -> None:
+    on_probation(site, f"{TRIED}\nblock_on_close = false")
+    talk = Talk(site.daemon)
+    assert site.daemon.stop() == 0
+    assert talk.ask("version") in ("one", "two")
+    talk.close()
+    eventually(lambda: not site.daemon.family())
+
+
+def test_more_services_than_can_be_described_are_refused_and_the_master_survives_them(site: Site) -> None:
+    site.start(TWO)
+    many = [
+        f'[services.{"x" * 1000}{number}]\ntarget = "app.py:Handler"\nlisten = ["unix:@{site.daemon.pid}.{number}"]'
+        for number in range(60)
+    ]
+    site.settings("\n".join([TWO, *many]))
+    assert "bytes of description, not 65536; have fewer, or shorter names" in site.reload("refused")
+    site.settings(TWO)
+    site.reload()
+
+
+def test_a_reload_is_done_when_the_old_workers_have_heard_of_it_and_does_not_wait_for_one_who_cannot(
+    site: Site,
+) -> None:
+    site.start(TWO)
+    stopped = site.daemon.workers()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        line = site.reload()
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    seconds = float(line.partition("seconds=")[2].split()[0])
+    assert 1.0 <= seconds < 10.0

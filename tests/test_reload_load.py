@@ -22,9 +22,9 @@ from tests.under_load import NO_BYTECODE, SERVICES, Code, Load, Report, check_lo
 # Long-lived connections end with those who leave, after graceful_timeout where the handler cannot know.
 SERVICE = """
 graceful_timeout = "1s"
-boot_timeout = "2s"
+boot_timeout = "{boot_timeout}s"
 probation = "{probation}s"
-probation_requests = 1000000
+probation_requests = {requests}
 """
 
 STREAMS, DATAGRAMS = 6, 2
@@ -36,16 +36,16 @@ SLACK = 2.0
 class Site:
     """A daemon under load, its code, and what was live when."""
 
-    def __init__(self, serve: Serve, directory: Path, probation: float) -> None:
+    def __init__(self, serve: Serve, directory: Path, probation: float, requests: int = 1_000_000) -> None:
         self.code = Code(directory)
         self.code.deploy()
-        self.daemon: Daemon = serve("-c", self.settings(probation), environment=NO_BYTECODE)
+        self.daemon: Daemon = serve("-c", self.settings(probation, requests), environment=NO_BYTECODE)
         self.replaced: dict[int, float] = {}  # generation: since when no new request is its own
         self.serving = 1
 
-    def settings(self, probation: float) -> Path:
-        """Write the settings, with so many seconds of probation."""
-        service = SERVICE.format(probation=probation)
+    def settings(self, probation: float, requests: int = 1_000_000, boot_timeout: float = 10.0) -> Path:
+        """Write the settings, with so many seconds or requests of probation, and seconds for a boot."""
+        service = SERVICE.format(probation=probation, requests=requests, boot_timeout=boot_timeout)
         return self.code.settings(streams=STREAMS, datagrams=DATAGRAMS, service=service)
 
     def begin(self, after: str = "", **code: str) -> int:
@@ -173,6 +173,7 @@ class Broken:
     after: str = ""
     before: str = ""
     part: str = ""
+    boot_timeout: float = 10.0
 
 
 FIRST = '''
@@ -210,6 +211,11 @@ class StreamHandler(StreamRequestHandler):
         raise RuntimeError("after all")
 """
 
+# Thousands of tracebacks are not for the log of a test.
+SILENT = """
+Stream.handle_error = Datagrams.handle_error = lambda *_: None
+"""
+
 ERR_DATAGRAM = """
 class DatagramHandler(DatagramHandler):
     def handle(self):
@@ -223,12 +229,12 @@ BROKEN: Mapping[str, Broken] = {
     "SyntaxError": Broken("molds", "def broken(:\n"),
     "ImportError": Broken("molds", before="import there_is_no_such_module\n"),
     "missing name": Broken("molds", "del Stream\n"),
-    "import hangs": Broken("molds", "import time\ntime.sleep(3600)\n"),
+    "import hangs": Broken("molds", "import time\ntime.sleep(3600)\n", boot_timeout=1.0),
     "import dies": Broken("molds", "os.kill(os.getpid(), 9)\n"),
     "no worker boots": Broken("probation", BOOT.format(server="Stream", boot=FAIL)),
     "worker crashes on probation": Broken("probation", SERVE.format(server="Stream", serve="os._exit(3)")),
-    "handler errs": Broken("probation", ERR),
-    "datagram handler errs": Broken("probation", ERR_DATAGRAM),
+    "handler errs": Broken("probation", ERR + SILENT),
+    "datagram handler errs": Broken("probation", ERR_DATAGRAM + SILENT),
     "import exits in a part": Broken("molds", part="GENERATION = {generation}\nraise SystemExit(7)\n"),
     "second worker does not boot": Broken(
         "rolling",
@@ -246,7 +252,7 @@ def test_good_and_broken_reloads_in_turn(serve: Serve, tmp_path: Path, soak: boo
     with Load(site.daemon, at_most=1500) as load:
         load.after(100)
         for turn, (name, broken) in enumerate(kinds):
-            site.settings(probation=0.4 if broken.phase == "probation" else 0.1)
+            site.settings(10.0 if broken.phase == "probation" else 0.1, 20, broken.boot_timeout)
             said = site.reload(broken.after, before=broken.before, **({"part": broken.part} if broken.part else {}))
             assert said["result"] == "rolled_back", name
             assert f" phase={broken.phase} " in said[0], name
@@ -258,6 +264,18 @@ def test_good_and_broken_reloads_in_turn(serve: Serve, tmp_path: Path, soak: boo
         report = load.stop()
     check_nothing_lost(site.daemon, report, with_errors=True)
     site.check_generations(report)
+
+
+def test_probation_has_its_share_of_the_requests_of_a_quiet_service(serve: Serve, tmp_path: Path) -> None:
+    site = Site(serve, tmp_path, probation=10.0, requests=20)
+    with Load(site.daemon, clients=1, talkers=0, stayers=0) as load:
+        load.after(100)
+        for err in (ERR, ERR_DATAGRAM):
+            verdict = site.reload(err + SILENT)
+            assert verdict["result"] == "rolled_back"
+            assert " phase=probation " in verdict[0]
+        report = load.stop()
+    check_nothing_lost(site.daemon, report, with_errors=True)
 
 
 # Somebody is killed in the middle of a reload.
@@ -272,7 +290,7 @@ GATED = {
 }
 
 # How long the probation lasts: where the verdict is awaited, as long as it takes to kill somebody.
-PROBATION = {"molds": 0.1, "probation": 1.5, "rolling": 0.1}
+PROBATION = {"molds": 0.1, "probation": 2.0, "rolling": 0.1}
 
 
 @dataclass(frozen=True)

@@ -33,17 +33,19 @@ from preforkd_workers.scoreboard import Scoreboard
 from tests.machine import Machine, Worker
 
 WANTED = st.builds(
-    lambda size, budget, probation: Wanted(
+    lambda size, budget, probation, graceful: Wanted(
         target="app:Handler",
         max_children=size,
         max_surge=budget[0],
         max_unavailable=budget[1],
         probation=probation,
         boot_timeout=30.0,
+        graceful_timeout=graceful,
     ),
     st.integers(1, 5),
     st.sampled_from([(1, 0), (0, 1), (2, 1), (3, 0), (0, 9)]),
     st.sampled_from([0.0, 5.0]),
+    st.sampled_from([1.0, 30.0]),
 )
 
 
@@ -113,11 +115,13 @@ class Reloads(RuleBasedStateMachine):
             assert reload.change is not None
             assert current == dict.fromkeys(reload.change.checked.settings.services, self.roster.generation)
             assert all(each.pool.is_full for each in self.roster.services.values())
+            assert not any(each.current.molds_lost for each in self.roster.services.values() if each.current)
         elif reload.phase is not Phase.ABANDONED:
             assert reload.reason
             assert current == self.serving
         for service in self.roster.services.values():
             assert (service.next, service.trial) == (None, None)
+            assert service.current is None or service.pool.timeouts == service.current.timeouts
             assert self.is_stopping or service.pool.wanted.generation == current[service.name]
             assert service.pool.wanted.trial is None or self.is_stopping
         self.reload = None

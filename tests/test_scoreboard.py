@@ -234,3 +234,29 @@ def test_a_reader_in_another_process_never_sees_half_a_word(board: Scoreboard) -
     ours.close()
     assert os.waitpid(pid, 0)[1] == 0
     assert seen == {low, high}
+
+
+def test_however_many_services_come_and_go_the_board_does_not_fill(board: Scoreboard) -> None:
+    for number in range(1000):
+        name = f"service {number}".ljust(200)
+        made = board.add(name)
+        assert not any(made.words)
+        board.list_listeners(name, [f"tcp://127.0.0.1:{number}"])
+        at = made.use_row(3)
+        assert not any(board.row_at(at))
+        board.row_at(at)[OK], made.words[KILLED] = number + 1, 1
+        board.remove(name)
+    assert [*Scoreboard.attach(os.dup(board.fd)).services] == ["echo", "b"]
+    again = board.add("service 999".ljust(200))
+    assert again.row(3)[OK] == 1000  # remembered: it has not been gone for long
+
+
+def test_more_services_than_can_be_described_are_known_beforehand(board: Scoreboard) -> None:
+    def services(number: int) -> dict[str, list[str]]:
+        return {f"service{index}": [f"unix:/run/{index}.sock"] for index in range(number)}
+
+    most = next(number for number in range(1, 9999) if board.lacks_room(services(number)))
+    assert most > 300
+    for name, urls in services(most - 1).items():
+        board.add(name).use_row(0)
+        board.list_listeners(name, urls)

@@ -67,7 +67,7 @@ def test_step_one_a_busy_worker_finishes_what_it_holds_and_takes_nothing_new(ser
         daemon.signal(signal.SIGTERM)
         eventually(lambda: client.ask(b"draining") == b"True\n")
         eventually(lambda: len(daemon.workers("Obey")) == 1)  # the idle one has left
-        assert daemon.metrics()['preforkd_workers{service="Obey",state="draining"}'] == 1
+        eventually(lambda: daemon.metrics()['preforkd_workers{service="Obey",state="draining"}'] == 1)
         with daemon.connect() as late:
             late.sendall(b"say late\n")
             assert client.ask(b"say still here") == b"still here\n"

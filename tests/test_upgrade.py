@@ -241,7 +241,7 @@ def test_the_new_code_serves_at_the_same_listeners_with_the_same_counters(site: 
         site.write("two")
         release = preforkd.__version__
         done = site.upgrade()
-        assert f"outcome: done what=upgrade result=done from={release} to={release} generation=2 " in done.stdout
+        assert f"upgrade: done from={release} to={release} generation=2 " in done.stdout
         assert answers() == ["two"] * 5
         # The same descriptors with the same flags: who waits, and what programs inherit.
         open_after = sockets(daemon.pid)
@@ -514,7 +514,7 @@ def test_what_is_asked_for_during_the_preflight_comes_afterwards(site: Deploymen
     for each in asked:
         said, complaint = each.communicate(timeout=DEADLINE)
         assert (each.returncode, complaint) == (0, "")
-        assert "what=upgrade result=done" in said
+        assert said.startswith("upgrade: done ")
     assert len(site.daemon.log.matches("^handing_over")) == 2
     assert site.versions() == {"two"}
 
@@ -529,7 +529,7 @@ def test_a_reload_that_is_cut_off_by_an_upgrade_hears_how_that_has_ended(site: D
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reload:
         site.daemon.log.wait_for("^command do=reload ")
         site.gate.unlink()
-        assert reload.communicate(timeout=DEADLINE)[0].startswith("outcome: done what=upgrade ")
+        assert reload.communicate(timeout=DEADLINE)[0].startswith("upgrade: done ")
     assert reload.returncode == 0
 
 

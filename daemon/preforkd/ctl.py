@@ -234,10 +234,17 @@ def _first(paths: Sequence[str]) -> Connection:
 
 
 def _answering(paths: Sequence[str]) -> list[Connection]:
-    there = []
+    """Those that can be reached. Raises Failed when there are none but some that refuse us."""
+    there, refusal = [], None
     for path in paths:
-        with suppress(NoDaemon):
+        try:
             there.append(Connection(path))
+        except Failed as failed:  # another user's, say, which does not hide our own
+            refusal = failed
+        except NoDaemon:
+            pass
+    if refusal is not None and not there:
+        raise refusal
     return there
 
 
@@ -262,6 +269,10 @@ def _converse(
     """Ask, show what is said, and return the answer."""
     takes_time = command.takes_time or command.name == "outcome" or arguments.get("follow")
     try:
+        if takes_time:  # and is waited for without limit: so first, whether there is a loop that turns
+            (pong,) = connection.ask("ping", {}, PATIENCE)
+            if not pong.get("ok"):
+                return pong
         return _hear(command, connection.ask(command.name, arguments, None if takes_time else PATIENCE), as_json)
     except Lost:
         if command.name == "stop":
@@ -325,8 +336,12 @@ def _shown(command: Command, said: Mapping[str, Any], fields: dict[str, Any], is
             return log.line(event, {key: value for key, value in fields.items() if key != "event"})
         case {"silent": []}:
             return ""
+        case {"what": what, "result": result, **details}:  # how a reload or an upgrade has ended
+            return log.line(f"{what}: {result}", {key: details[key] for key in details if key not in ("v", "ok")})
         case {"workers": {**sizes}}:
             fields["workers"] = ",".join(f"{service}:{size}" for service, size in sizes.items())
+    if command.name in ("reload", "upgrade") and fields.get("result") == "done":
+        fields = {key: value for key, value in fields.items() if key not in ("what", "result")}  # the word says it
     if command.name == "ping":
         return "{name}: preforkd {version} on CPython {python}, pid {pid}".format(**fields)
     return log.line(f"{command.name}: done", fields) if is_answer and (fields or command.changes) else ""

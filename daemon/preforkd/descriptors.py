@@ -6,7 +6,7 @@ ours has put into the manager's store. ``Store`` is the other direction.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 from urllib.parse import quote
@@ -120,9 +120,10 @@ class Place:
         return self.descriptor is not None
 
 
-def places(addresses: Mapping[str, Sequence[Address]], inherited: Inherited) -> list[Place]:
+def places(addresses: Mapping[str, Sequence[Address]], inherited: Inherited, used: Collection[str] = ()) -> list[Place]:
     """Where the services are to listen; what was inherited for it is taken. One name may be that of many descriptors.
 
+    ``used``: the names in the store of listeners that are open already.
     Raises ListenError when a descriptor was not passed.
     """
     found = []
@@ -138,6 +139,8 @@ def places(addresses: Mapping[str, Sequence[Address]], inherited: Inherited) -> 
                 found.append(Place(service, replace(address, number=number)))
             continue
         counts[address.url] += 1
+        while listener_name(address.url, counts[address.url]) in used:
+            counts[address.url] += 1
         name = listener_name(address.url, counts[address.url], file_of(address))
         found.append(Place(service, address, counts[address.url], inherited.take_name(name)))
     return found

@@ -72,6 +72,7 @@ class Generation:
         self.not_before = 0.0
         self.leaving: set[int] = set()  # pids of molds that were let go and are to be reaped
         self.failure: str | None = None  # why the target could not be started, since somebody took notice
+        self.refusal = ""  # why the system would not fork a mold
         self.molds_lost = 0
         self.boot_failures = 0
         self.crashes = 0
@@ -101,7 +102,8 @@ class Generation:
 
     def spawn(self, child: Child, end: socket.socket) -> int | None:
         assert self.mold is not None
-        self.mold.ask(child.serial, child.slot, child.row_at, end)
+        trial_ms = int(self.settings.probation * 1000) if self.pool.wanted.trial == self.number else 0
+        self.mold.ask(protocol.Order(child.serial, child.slot, child.row_at, trial_ms), end)
         return None
 
     def lost(self, child: Child, cause: str, failure: str | None) -> None:
@@ -139,6 +141,7 @@ class Generation:
             mold = Mold.fork(self.spec, self.settings.boot_timeout)
         except OSError as error:
             self._hold_back(failed=True)
+            self.refusal = error.strerror or str(error)
             retry_in = f"{pause(self.failed_molds):.1f}s"
             log.event("mold_refused", service=self.spec.service, reason=error.strerror, retry_in=retry_in)
             return
@@ -165,7 +168,7 @@ class Generation:
                 mold.ready, mold.deadline = True, float("inf")
                 self._log("mold_ready", mold, kind=rest, seconds=round(monotonic() - mold.born, 3))
             case protocol.FAILED:
-                self.failure = rest
+                self.failure, mold.has_said_why = rest, True
             case protocol.SPAWNED:
                 serial, pid = map(int, rest.split())
                 self.pool.spawned(serial, pid)
@@ -200,7 +203,7 @@ class Generation:
         how = f"signal {name_of(-exitcode)}" if exitcode < 0 else f"status {exitcode}"
         if mold.cause == "boot":
             self.failure = f"the import of {self.spec.target} took longer than boot_timeout{stack}"
-        elif not mold.ready and self.failure is None:
+        elif not mold.ready and not mold.has_said_why:
             self.failure = f"{self.spec.target}: the import ended the process ({how}){stack}"
         elif stack:
             log.text(self.spec.service, stack)

@@ -18,5 +18,6 @@ def inherited() -> tuple[int, int]:
 
 
 def restore() -> None:
-    """Back to the limit that we were started with."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, _inherited)
+    """Back to the limit that we were started with, or what somebody has left of it since (prlimit(1))."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_inherited[0], hard), min(_inherited[1], hard)))

@@ -42,6 +42,11 @@ class AddressError(ValueError):
 class ListenError(Exception):
     """The system refused to bind; the message says which address, why, and what to do."""
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether somebody has the address already."""
+        return isinstance(self.__cause__, OSError) and self.__cause__.errno == errno.EADDRINUSE
+
 
 @dataclass(frozen=True)
 class Address:
@@ -90,8 +95,15 @@ class Bound:
     is_kept: bool = False  # by the service manager, so that its file must stay
 
     def serves(self, address: Address) -> bool:
-        """Whether this is the listener for an address."""
+        """Whether this is the listener for an address, and still: its file may have been removed, or be another's."""
+        if self.path and file_of(self.address) != self.inode:
+            return False
         return self.address.url == address.url if address.place is None else self.address.place == address.place
+
+    def stands_in_the_way_of(self, address: Address) -> bool:
+        """Whether it has the port of that address, so that another one on it cannot be bound meanwhile."""
+        ours = urlsplit(self.listener.url)
+        return ours.scheme == address.scheme and ours.port is not None and ours.port == address.port
 
     def cannot_become(self, address: Address) -> str | None:
         """Why a listener that is open cannot be changed to what is asked for at the same place, if it cannot."""

@@ -38,6 +38,16 @@ def text(prefix: str, lines: str) -> None:
     _publish({"event": "text", "at": _now(), "of": prefix, "text": lines})
 
 
+def summary(reason: str) -> str:
+    """A reason of many lines in one: of a traceback what was raised, of anything else how it begins."""
+    lines = [line for line in reason.splitlines() if line and not line.startswith("(")] or [""]
+    head = f"{lines.pop(0)} " if lines[0].endswith(":") and lines[1:] else ""  # whose it is
+    is_stack = "(most recent call first)" in reason
+    if not is_stack and ("Traceback (" in reason or '  File "' in reason):
+        return head + lines[-1]
+    return head + lines[0] + (f"; and {len(lines) - 1} more" if lines[1:] and not head else "")
+
+
 def line(name: str, fields: Mapping[str, object]) -> str:
     """An event as the log shows it."""
     return " ".join((name, *(f"{key}={_quoted(str(value))}" for key, value in fields.items())))

@@ -68,6 +68,7 @@ class Master:
         self.control = Control(listener, selector, lambda request: commands.answer(self, request))
         self.manager, self.store, self.lock = manager, store, lock
         self.told_phase = Phase.BOOTING
+        self.told_reloads = 0
         self.watcher: Watcher | None = None  # in dev mode
         self.started = monotonic()
         self.is_ready = False
@@ -175,9 +176,11 @@ class Master:
         """Tell the service manager what has changed, and what it wants to hear again and again."""
         phase, before, status = self.phase, self.told_phase, self.status()
         self.told_phase = phase
-        if phase is Phase.RELOADING and before is not phase:
+        if self.renewals.reloads != self.told_reloads:  # each one, for it may have ended already
+            self.told_reloads = self.renewals.reloads
             self.manager.reloading()
-        elif phase is Phase.SERVING and before is not phase:
+            before = Phase.RELOADING
+        if phase is Phase.SERVING and before is not phase:
             self.store.sync(self.roster.bound, self.roster.board)
             self.manager.ready(status)
         self.manager.turn(phase, status, is_well=all(service.is_manned for service in self.roster.targets))
@@ -214,6 +217,8 @@ class Master:
 
     def answer_signals(self) -> None:
         for number in self.wakeup.arrived():
+            if number is not signal.SIGCHLD:  # that says nothing of what somebody wants
+                log.event("signal", name=number.name)
             SIGNALS[number](self)
 
     def drain(self) -> None:
@@ -305,7 +310,8 @@ class Master:
         log.event("refilling")
         sizes, self.sizes_before_drain = self.sizes_before_drain, {}
         for service in self.roster.targets:
-            service.pool.resize(sizes.get(service.name, service.pool.size))
+            size, service.size_on_refill = service.size_on_refill, None
+            service.pool.resize(size or sizes.get(service.name, service.pool.size))
 
     def resize(self, by: int) -> None:
         for service in self.roster.targets if not (self.is_stopping or self.is_drained) else ():

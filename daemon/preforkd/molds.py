@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
@@ -28,6 +29,7 @@ class Mold:
         self.ready = False
         self.cause: str | None = None  # why it was killed, if it was
         self.is_mute = False  # its end of the channel is closed
+        self.has_said_why = False  # it could not be started
         self.stack = ""  # what faulthandler has written when it was killed
 
     @classmethod
@@ -46,9 +48,9 @@ class Mold:
                 raise
         return cls(pid, ours, monotonic(), monotonic() + boot_timeout)
 
-    def ask(self, serial: int, slot: int, row_at: int, end: socket.socket) -> None:
+    def ask(self, order: protocol.Order, end: socket.socket) -> None:
         """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""
-        protocol.send(self.channel, f"{serial} {slot} {row_at}", end.fileno())
+        protocol.send(self.channel, " ".join(map(str, order)), end.fileno())
 
     def hear(self) -> Iterator[tuple[str, str]]:
         """What the mold has said since the last time: a word of the protocol, and the rest.
@@ -90,6 +92,8 @@ def _become_mold(spec: Spec, channel: socket.socket) -> None:
         from preforkd_workers import mold  # here and not above: the master does without socketserver
 
         mold.run(spec, channel)
+    except BaseException:  # a fault of ours, or no memory: nobody else would say so
+        traceback.print_exc()
     finally:
         os._exit(1)
 

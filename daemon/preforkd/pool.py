@@ -34,7 +34,7 @@ from preforkd.plan import (
 )
 from preforkd.wakeup import name_of
 from preforkd_workers import protocol
-from preforkd_workers.protocol import DRAIN, END_OF_FILE, FAILED, LEAVING, NOTICE, READY, SHUTDOWN, STACKS
+from preforkd_workers.protocol import DRAIN, END_OF_FILE, FAILED, LEAVING, NOTICE, READY, SHUTDOWN, STACKS, TRIED
 from preforkd_workers.scoreboard import (
     CAUSES,
     EXITS,
@@ -309,6 +309,8 @@ class Pool:
             self._log(event, child, **fields)
         elif word == LEAVING:
             child.is_leaving = True
+        elif word == TRIED:
+            pass  # and the loop turns for it, which is what it was said for
         elif word == SHUTDOWN:
             self.shutdown_asked = True
         elif line and not is_plumbing(line):

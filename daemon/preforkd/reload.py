@@ -32,7 +32,7 @@ class Reload:
     def __init__(self, roster: Roster, read: Callable[[], Checked], only: frozenset[str] | None = None) -> None:
         self.roster = roster
         self.phase = Phase.SETTINGS
-        self.started = monotonic()
+        self.started = self.since = monotonic()  # ``since``: in this phase
         self.deadline = float("inf")
         self.services: Sequence[Service] = ()
         self.ready = 0  # workers of the new generation, at the last look
@@ -81,7 +81,7 @@ class Reload:
                 event = _all([service.has_rolled() for service in self.services])
                 self._note_progress()
             case _:
-                event = Event.SUCCEEDED if all(each.pool.is_full for each in self.services) else None
+                event = Event.SUCCEEDED if all(each.has_rolled_back() for each in self.services) else None
         return event or (Event.LATE if monotonic() >= self.deadline else None)
 
     def _note_progress(self) -> None:
@@ -96,7 +96,7 @@ class Reload:
     # What is done about it.
 
     def _happened(self, event: Event) -> None:
-        before, self.phase = self.phase, after(self.phase, event)
+        before, self.phase, self.since = self.phase, after(self.phase, event), monotonic()
         if event in (Event.FAILED, Event.LATE) and self.failed_in is None:
             self.failed_in, self.reason = before, self.reason or self._reason(event)
         self.deadline = monotonic() + self._boot_timeout() + ALLOWANCE
@@ -134,6 +134,8 @@ class Reload:
                 return f"services.{service.name}: the new mold died"
             if generation.crashes:
                 return f"services.{service.name}: new workers died: {generation.crashes}"
+            if generation.refusal and not generation.ready:
+                return f"services.{service.name}: no mold could be forked: {generation.refusal}"
         return f"no progress for {self._boot_timeout():g} s" if event is Event.LATE else ""
 
 

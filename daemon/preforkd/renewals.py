@@ -5,7 +5,7 @@ import selectors
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import time_ns
+from time import monotonic, time_ns
 from typing import Any, Literal
 
 from preforkd import __version__, log
@@ -32,8 +32,7 @@ class Outcome:
 
     def __str__(self) -> str:
         """For a line of status."""
-        first = self.error.splitlines()[-1] if self.error else ""
-        return f"{self.what} {self.result}" + (f": {first}" if first else "")
+        return f"{self.what} {self.result}" + (f": {log.summary(self.error)}" if self.error else "")
 
 
 Tell = Callable[[Outcome], object]
@@ -69,6 +68,7 @@ class Renewals:
         self.write_state = write_state
         self.hand_over = hand_over
         self.reload: Reload | None = None
+        self.reloads = 0  # how many have begun
         self.preflight: Preflight | None = None
         self.last: Outcome | None = None
         self._reload_wanted: _Wanted | None = None
@@ -85,6 +85,16 @@ class Renewals:
     def next_upgrade(self) -> str | None:
         """The interpreter of the upgrade that comes next, empty for ours; None when there is none."""
         return self._upgrade_wanted.python if self._upgrade_wanted is not None else None
+
+    def report(self) -> dict[str, object] | None:
+        """What there is, and how far it is; None: nothing."""
+        if self.preflight is not None:
+            return {"what": "upgrade", "phase": "preflight"}
+        if self.reload is None:
+            return None
+        seconds = round(monotonic() - self.reload.since, 3)
+        where = {"phase": self.reload.phase.value, "seconds": seconds, "generation": self.roster.generation}
+        return {"what": "upgrade" if self._upgraded_from else "reload", **where}
 
     # What is wanted.
 
@@ -162,6 +172,7 @@ class Renewals:
         if self._reload_wanted is not None:
             wanted, self._reload_wanted = self._reload_wanted, None
             self._tell = wanted.tell
+            self.reloads += 1
             self.reload = Reload(self.roster, self.read, wanted.only)
             self.roster.settle()
         elif self._upgrade_wanted is not None:
@@ -183,27 +194,25 @@ class Renewals:
             self._refuse_upgrade(f"{preflight.python}: {error}")
 
     def _refuse_upgrade(self, reason: str) -> None:
-        first, *more = reason.splitlines()
-        if more:
+        if "\n" in reason:
             log.text("upgrade", reason)
-        log.event("upgrade_refused", reason=more[-1] if more else first)
+        log.event("upgrade_refused", reason=log.summary(reason))
         self._end(Outcome("upgrade", Phase.REFUSED.value, reason))
 
     def _conclude(self, verdict: Verdict) -> None:
-        """Say how a reload has ended: to the log, to the scoreboard, and to those who asked for it."""
+        """Say how a reload has ended: to the scoreboard, to the log, and to those who asked for it."""
         result, daemon = verdict.result, self.roster.board.daemon
         why: dict[str, Any] = {}
         if verdict.failed_in is not None:
-            lines = verdict.reason.splitlines() or [""]
-            if len(lines) > 1:
+            if "\n" in verdict.reason:
                 log.text("reload", verdict.reason)
-            why = {"phase": verdict.failed_in.value, "reason": lines[-1]}
-        log.event(f"reload_{result.value}", gen=verdict.generation, **why, seconds=verdict.seconds)
+            why = {"phase": verdict.failed_in.value, "reason": log.summary(verdict.reason)}
         if result.value in RESULTS:
             daemon[RELOADS + RESULTS.index(result.value)] += 1
         daemon[RELOAD_NS] = int(verdict.seconds * 1e9)
         if result is Phase.DONE:
             daemon[RELOADED_AT] = time_ns()
+        log.event(f"reload_{result.value}", gen=verdict.generation, **why, seconds=verdict.seconds)
         details: dict[str, object] = {"generation": verdict.generation, "seconds": verdict.seconds, **why}
         if not self._upgraded_from:
             return self._end(Outcome("reload", result.value, verdict.reason, details))

@@ -83,17 +83,27 @@ class Roster:
         for bound, address, _ in change.held:
             faults += [f"{_where(change, bound)}: {why}" for why in [bound.cannot_become(address)] if why]
         try:
-            found = places(missing, self.inherited)
+            found = places(missing, self.inherited, {bound.name for bound in self.bound})
             self.inherited.let_go(self.manager)
             for place in found:
                 self._open(change, place, faults)
         except ListenError as refusal:
             faults.append(str(refusal))
+        if not faults:
+            faults += self._lacks_room(change)
         if faults:
             for made in change.opened:
                 made.close()
             raise Faults(faults)
         return change
+
+    def _lacks_room(self, change: Change) -> list[str]:
+        """Whether the scoreboard cannot hold what would be there, old and new together."""
+        urls = {name: {bound.listener.url for bound in service.listeners} for name, service in self.services.items()}
+        for name, listeners in change.loaded.items():
+            urls[name] = urls.get(name, set()) | {bound.listener.url for bound in listeners}
+        reason = self.board.lacks_room({name: [*each] for name, each in urls.items()})
+        return [f"services: {reason}; have fewer, or shorter names, or several daemons"] if reason else []
 
     def _hold(self, change: Change, name: str) -> list[Address]:
         """Have a service keep, or take over, what is open already. Returns the addresses that are not."""
@@ -113,7 +123,8 @@ class Roster:
         of any other."""
         taken = [bound for bound, _, _ in change.held]
         for other, service in self.services.items():
-            if other != name and (address.place is None or other not in change.names):
+            stays_as_it_is = other not in change.names and other not in change.removed
+            if other != name and (address.place is None or stays_as_it_is):
                 taken += service.listeners
         return [bound for bound in self.bound if bound not in taken]
 
@@ -125,6 +136,9 @@ class Roster:
         try:
             made = place.open(rules_of(change.settings_of(place.service)))
         except ListenError as refusal:
+            ours = [bound.listener.url for bound in self.bound if bound.stands_in_the_way_of(place.address)]
+            if refusal.is_taken and ours:
+                refusal = ListenError(f"{place.address.url}: {ours[0]} of ours has the port; needs a restart")
             faults.append(f"{where}: {refusal}")
             return
         change.loaded[place.service].append(made)

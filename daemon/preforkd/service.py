@@ -32,6 +32,7 @@ class Service:
         self.wanted_before = self.pool.wanted
         self.trial: Trial | None = None
         self.block_on_close = True
+        self.size_on_refill: int | None = None  # of the pool of nobody, as settings loaded since the drain want it
 
     @property
     def newest(self) -> Generation:
@@ -119,9 +120,15 @@ class Service:
         self._list_listeners()
         return None
 
+    def has_rolled_back(self) -> bool:
+        """Whether the old generation is whole again, or cannot be for now: its mold is gone, and none starts again."""
+        return self.pool.is_full or bool(self.current and self.current.failed_molds)
+
     def commit(self) -> None:
         """The next generation is the current one from now on."""
         if self.current is not None:
+            if not self.pool.size and not self._has_size_of(self.current):
+                self.size_on_refill = self.newest.settings.max_children
             self.current.let_go()
         self.current, self.next, self.trial = self.newest, None, None
         self.block_on_close = self.current.settings.block_on_close

@@ -18,6 +18,7 @@ def report(master: "Master") -> dict[str, object]:
         **master.identity(),
         "state": _state(master),
         "age": round(monotonic() - master.started, 3),
+        "now": master.renewals.report(),
         "last": str(master.renewals.last) if master.renewals.last else None,
         "services": [_service(service) for service in master.roster],
     }
@@ -26,6 +27,10 @@ def report(master: "Master") -> dict[str, object]:
 def _state(master: "Master") -> str:
     if master.is_stopping:
         return "stopping"
+    if master.renewals.reload is not None:
+        return f"reloading: {master.renewals.reload.phase.value.replace('_', ' ')}"
+    if master.renewals.preflight is not None:
+        return "upgrading: preflight"
     if master.is_drained:
         return "drained"
     return "serving" if master.is_ready else "starting"

@@ -8,7 +8,7 @@ import fcntl
 import os
 import selectors
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from time import monotonic
 from typing import Self
@@ -126,11 +126,12 @@ def take_over(lock: Lock, timeout: float, manager: Manager, *, is_default: bool)
             if not pids and not seen:
                 advice = "see lslocks(8) as root"
                 raise Held(f"processes that this user cannot see still hold {lock.path}; {advice}")
-            _wait(pids, began + timeout, wakeup, lock)
+            # Who was seen may have closed it by now, and be about to let go of the lock: that is so when it has exited.
+            _wait({*seen, *pids}, began + timeout, wakeup, lock)
     log.event("takeover", seconds=round(monotonic() - began, 1))
 
 
-def _wait(pids: Sequence[int], end: float, wakeup: WakeUp, lock: Lock) -> None:
+def _wait(pids: Collection[int], end: float, wakeup: WakeUp, lock: Lock) -> None:
     """Wait until all of them have gone. Raises Held when that takes too long, and Stopped."""
     with ExitStack() as descriptors, selectors.DefaultSelector() as selector:
         selector.register(wakeup, selectors.EVENT_READ)

@@ -51,6 +51,7 @@ def table(report: dict[str, Any], is_terminal: bool) -> str:
     parts = [
         "{name}: preforkd {version} on CPython {python}, pid {pid}, {state}".format(**report)
         + f", up {_span(report['age'])}"
+        + _now(report["now"])
         + (f"\nlast: {report['last']}" if report["last"] else ""),
         _columns(_SERVICE, map(_service, services), is_terminal),
         _columns(
@@ -69,6 +70,16 @@ def table(report: dict[str, Any], is_terminal: bool) -> str:
         ),
     ]
     return "\n\n".join(parts)
+
+
+def _now(renewal: dict[str, Any] | None) -> str:
+    """The line for a reload or upgrade that is under way."""
+    if renewal is None:
+        return ""
+    line = f"\nnow: {renewal['what']}, {renewal['phase'].replace('_', ' ')}"
+    if "seconds" in renewal:
+        line += f" for {_span(renewal['seconds'])}, generation {renewal['generation']}"
+    return line
 
 
 def _service(service: dict[str, Any]) -> Sequence[object]:

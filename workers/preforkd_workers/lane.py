@@ -21,11 +21,14 @@ from typing import Any
 from preforkd_workers import prctl
 from preforkd_workers.adoption import AdoptableSocket
 from preforkd_workers.lifeline import Lifeline
-from preforkd_workers.scoreboard import DRAINING, ERRORS, OK, STATE
+from preforkd_workers.scoreboard import DRAINING, ERRORS, OK, STATE, ended
 from preforkd_workers.tally import Tally
 
 # After so many requests without a wait, look at the lifeline all the same.
 BUSY_TURNS = 64
+
+# After so many requests, a lane on trial has the master look at it.
+TRIED_EVERY = 5
 
 # How long to let go of the listener when the system is out of descriptors or memory, in seconds.
 STARVED_FOR = 0.1
@@ -210,7 +213,9 @@ class Lane:
         self.lifeline = lifeline
         self.tally = tally
         self.draining = False
+        self.trial_ends = 0.0  # monotonic; until then it is to be given its share
         self.on_drain: list[Callable[[], None]] = []  # what to call then, once
+        self._judged = 0  # requests that the master was told of while on trial
         self._starved_notice = 0.0
         self._turns: list[Turn] = []
 
@@ -258,22 +263,51 @@ class Lane:
         """What to wait with: for something to take, or for the end of the lifeline."""
         epoll = select.epoll()
         # Every lane waits on the same listeners: one connection is to wake one lane (epoll_ctl(2), EPOLLEXCLUSIVE).
+        mode = select.EPOLLIN if self.trial_ends else select.EPOLLIN | select.EPOLLEXCLUSIVE
         for server in self.servers:
-            epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            epoll.register(server.fileno(), mode)
         epoll.register(self.lifeline.fileno(), select.EPOLLIN)
         return epoll
 
+    def be_on_trial(self, seconds: float) -> None:
+        """Be woken for every connection, beside whoever else is, for so long.
+
+        The first in the queue of a listener is woken, which is the oldest lane. Unless there is more to do than it can,
+        a new one would get nothing, and nobody would see how it does.
+        """
+        self.trial_ends = monotonic() + seconds if seconds else 0.0
+        self._judged = ended(self.tally.row)
+
+    def _go_on_trial(self, epoll: select.epoll) -> None:
+        """Tell the master whenever there is something to judge by; in the end, queue up as the others do."""
+        requests = ended(self.tally.row)
+        if requests >= self._judged + TRIED_EVERY:
+            self._judged = requests
+            self.lifeline.tried()
+        if monotonic() < self.trial_ends:
+            return
+        self.trial_ends = 0.0
+        for server in self.servers:  # EPOLL_CTL_MOD cannot do this
+            epoll.unregister(server.fileno())
+            epoll.register(server.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+
     def wait(self, epoll: select.epoll, patience: float | None) -> bool:
         """Wait for as many seconds; drain if the lifeline says so. Whether it was a listener that woke us."""
+        if self.trial_ends:
+            self._go_on_trial(epoll)
         ready = {descriptor for descriptor, _ in epoll.poll(patience)}
         if self.lifeline.fileno() in ready:
             self.drain()
         return patience != 0 and bool(ready - {self.lifeline.fileno()})
 
     def take_last(self) -> None:
-        """Take what has woken us although we drain: nobody else is woken for it, and nobody might come by."""
-        with suppress(Starved):
-            any(turn() for turn in self.turns())
+        """Take what has woken us although we drain: nobody else is woken for it, and nobody might come by.
+
+        One request of each server, for several may have woken us at once.
+        """
+        for turn in self.turns():
+            with suppress(Starved):
+                turn()
 
     def _take(self, turns: list[Turn], actions: list[Callable[[], None]]) -> bool:
         """Take what is there, at most BUSY_TURNS times; whether there may be more."""

@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 
 from preforkd_workers import prctl
-from preforkd_workers.protocol import FAILED, LEAVING, NOTICE, READY, SHUTDOWN
+from preforkd_workers.protocol import FAILED, LEAVING, NOTICE, READY, SHUTDOWN, TRIED
 
 
 class Lifeline:
@@ -51,6 +51,10 @@ class Lifeline:
     def leaving(self) -> None:
         """Say that this worker drains: if it was not the master who told it so, that is news."""
         self._say(f"{LEAVING}\n")
+
+    def tried(self) -> None:
+        """Have the master look at what has come of some more requests."""
+        self._say(f"{TRIED}\n")
 
     def ask_for_shutdown(self) -> None:
         """Ask the process that runs ``serve_forever()`` to leave it."""

@@ -21,7 +21,7 @@ from preforkd_workers.explanation import explain
 from preforkd_workers.hooks import ON_MOLD, ON_WORKER_START
 from preforkd_workers.lifeline import Lifeline, be_adopted
 from preforkd_workers.process import Worker
-from preforkd_workers.protocol import FAILED, NOTICE, READY, REFUSED, SPAWNED
+from preforkd_workers.protocol import FAILED, NOTICE, READY, REFUSED, SPAWNED, Order
 from preforkd_workers.spec import Spec
 from preforkd_workers.target import Target, build
 
@@ -58,8 +58,7 @@ class Mold:
             request, descriptor = protocol.receive(self.channel)
             if request is None or descriptor is None:
                 return
-            serial, slot, row_at = map(int, request.split())
-            self._fork(serial, slot, row_at, descriptor)
+            self._fork(Order(*map(int, request.split())), descriptor)
             os.close(descriptor)
 
     def _import(self) -> bool:
@@ -72,54 +71,55 @@ class Mold:
             self._tell(f"{NOTICE} {json.dumps([event, fields])}")
         return True
 
-    def _fork(self, serial: int, slot: int, row_at: int, end: int) -> None:
+    def _fork(self, order: Order, end: int) -> None:
         """Fork twice: the process in the middle tells the master the worker's pid and exits, which gives it away."""
         try:
             middle = os.fork()
             if middle == 0:
-                self._be_middle(serial, slot, row_at, end)
+                self._be_middle(order, end)
             if _wait_for(middle):
-                self._tell(f"{REFUSED} {serial} the process that forks it was killed")
+                self._tell(f"{REFUSED} {order.serial} the process that forks it was killed")
         except OSError as error:
-            self._tell(f"{REFUSED} {serial} {error.strerror}")
+            self._tell(f"{REFUSED} {order.serial} {error.strerror}")
 
-    def _be_middle(self, serial: int, slot: int, row_at: int, end: int) -> NoReturn:
+    def _be_middle(self, order: Order, end: int) -> NoReturn:
         """The master hears the pid before it can see the worker die: it is not its child before we have exited."""
         status, middle = 1, os.getpid()
         try:
             pid = os.fork()
             if pid == 0:
-                process.leave(lambda: self._be_worker(slot, row_at, end, middle))
-            self._tell(f"{SPAWNED} {serial} {pid}")
+                process.leave(lambda: self._be_worker(order, end, middle))
+            self._tell(f"{SPAWNED} {order.serial} {pid}")
             status = 0
         except OSError as error:
-            self._tell(f"{REFUSED} {serial} {error.strerror}")
+            self._tell(f"{REFUSED} {order.serial} {error.strerror}")
             status = 0
         finally:
             os._exit(status)
 
-    def _be_worker(self, slot: int, row_at: int, end: int, middle: int) -> None:
+    def _be_worker(self, order: Order, end: int, middle: int) -> None:
         spec = self.spec
         lifeline = Lifeline(socket.socket(fileno=end))
         self.channel.close()
         process.report_stacks(lifeline)
-        setproctitle(f"preforkd: worker {spec.service}#{slot} gen={spec.generation}")
+        setproctitle(f"preforkd: worker {spec.service}#{order.slot} gen={spec.generation}")
         try:
             be_adopted(spec.master, middle)
         except ProcessLookupError:
             return
         if lifeline.is_cut:  # the mold died before the master heard of us: the slot, and its row, may be another's
             return
-        row = spec.scoreboard.row_at(row_at)
+        row = spec.scoreboard.row_at(order.row_at)
         process.claim(row, spec.generation)
         target = self.target or self._import_in_worker(lifeline)
         if target is None:
             sys.exit(1)
         for server in target.servers:
             server.scoreboard = spec.scoreboard  # type: ignore[attr-defined]
-        if not self._start(target, slot, lifeline):
+        if not self._start(target, order.slot, lifeline):
             sys.exit(1)
         worker = Worker(target.servers, lifeline, row, spec.graceful_timeout, spec.eof_timeout, target.hooks)
+        worker.lane.be_on_trial(order.trial_ms / 1000)
         process.open_for_service(row, lifeline)
         worker.serve()
 

@@ -98,13 +98,16 @@ class Worker:
         _take_over(self.lane, self.drain)
         with suppress(Drained):
             self.lane.servers[0].serve_forever()
-        if ON_WORKER_STOP in self.hooks:
-            for server in self.lane.servers:
+        # Before the hook; and before a socket is closed through which the threads of a datagram server answer.
+        for server in self.lane.servers:
+            if ON_WORKER_STOP in self.hooks or server.socket.type == socket.SOCK_DGRAM:
                 _finish_requests(server)
+        if ON_WORKER_STOP in self.hooks:
             self.tally.wait()
             self._tell(ON_WORKER_STOP)
         for server in self.lane.servers:
             server.server_close()
+            _join_threads(server)
         self.tally.wait()
 
     def _tell(self, setting: str) -> None:
@@ -119,8 +122,20 @@ def _finish_requests(server: Any) -> None:
     match server:
         case ThreadingMixIn():
             server._threads.join()  # type: ignore[attr-defined]
+            _join_threads(server)
         case ForkingMixIn():
             server.collect_children(blocking=server.block_on_close)
+
+
+def _join_threads(server: Any) -> None:
+    """Wait for the threads that a server has started for requests, those that have not begun with theirs among them.
+
+    Daemon threads as well: ``server_close`` forgets them, and they would end with us.
+    """
+    if isinstance(server, ThreadingMixIn):
+        for thread in threading.enumerate():
+            if getattr(thread, "_target", None) == server.process_request_thread:
+                thread.join()
 
 
 def _take_over(lane: Lane, stop: Callable[[], None]) -> None:

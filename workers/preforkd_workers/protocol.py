@@ -1,7 +1,7 @@
 """What master, mold and worker say to each other: text, a word and then the rest.
 
-Between master and mold: packets on a SOCK_SEQPACKET pair (unix(7)); the master's are three numbers, serial, slot and
-place of the row, with the worker's end of a lifeline. From worker to master: lines on its lifeline. A packet or a
+Between master and mold: packets on a SOCK_SEQPACKET pair (unix(7)); the master's are orders, with the worker's end of a
+lifeline each. From worker to master: lines on its lifeline. A packet or a
 line that begins with none of the words is part of a stack or a traceback.
 
 Whatever a mold and the process in the middle touch between two forks, every worker has a copy of: so this is plain.
@@ -11,6 +11,7 @@ import array
 import signal
 import socket
 import sys
+from typing import NamedTuple
 
 WORD = "preforkd:"  # so begins every word; what does not is part of a stack
 
@@ -19,6 +20,7 @@ READY = "preforkd:ready"  # and its pid
 FAILED = "preforkd:failed"  # the traceback follows
 NOTICE = "preforkd:notice"  # and an event with its fields, in JSON
 LEAVING = "preforkd:leaving"  # somebody has told it to drain
+TRIED = "preforkd:tried"  # on probation, it has ended some more requests
 SHUTDOWN = "preforkd:shutdown"  # serve_forever() is to end, a handler says
 
 # A mold's words on its channel, beside READY with the kind of the target, FAILED with the reason, and NOTICE.
@@ -30,6 +32,15 @@ DRAIN, END_OF_FILE, STACKS = signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1
 
 # The longest packet; a longer traceback loses its middle.
 PACKET = 1 << 16
+
+
+class Order(NamedTuple):
+    """What a mold is asked for: a worker. In a packet, the numbers with blanks between."""
+
+    serial: int
+    slot: int
+    row_at: int  # where its row of the scoreboard begins
+    trial_ms: int  # how long it is on probation; 0: not at all
 
 
 def send(channel: socket.socket, text: str, descriptor: int | None = None) -> None:

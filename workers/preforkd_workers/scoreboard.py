@@ -10,16 +10,16 @@ The file describes itself in JSON, so that a reader needs nothing but the descri
     | directory | directory | daemon words | blocks: service words, listener words, rows, in the order of their making |
 
 Blocks are added while the daemon runs, when a reload brings services, listeners or a larger pool; none is ever moved,
-and what a service has counted stays when it goes, for it may come back. Of the two directories the one is
-valid that the parity of the word LAYOUT says; the master writes the other one and then adds one to LAYOUT, so a reader
-never sees half a directory. The file is as long as it will ever be from the start, and mapped once: what nobody has
-written to takes no memory.
+and what a service has counted stays when it goes, for it may come back (of those gone, MOST_GONE are remembered). Of
+the two directories the one is valid that the parity of the word LAYOUT says; the master writes the other one and then
+adds one to LAYOUT, so a reader never sees half a directory. The file is as long as it will ever be from the start, and
+mapped once: what nobody has written to takes no memory.
 """
 
 import json
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
@@ -54,6 +54,7 @@ LISTENER_WORDS = 8
 PID, ROW_GENERATION, STATE, SINCE, BEGUN, OK, ERRORS, REFUSED, BUSY_NS, BUCKETS = range(10)
 ROW_WORDS = 32
 FEWEST_ROWS = 16  # that are added at a time
+MOST_GONE = 32  # services whose words stay although they are not there any more
 
 # What STATE may say. Busy is not among them: a lane is busy while it has begun more requests than it has ended.
 EMPTY, STARTING, SERVING, DRAINING = range(4)
@@ -63,6 +64,10 @@ BOUNDS_NS = tuple(
     int(seconds * 1e9)
     for seconds in (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 )
+
+
+# What frames the entries in a description, and some room for pools that grow, in bytes.
+_HEADING = 1 << 10
 
 
 def ended(row: memoryview) -> int:
@@ -126,7 +131,11 @@ class Service:
         has = sum(number for _, number in self.entry.rows)
         if index >= has:
             self.entry.rows.append(self.board.add_rows(max(index + 1 - has, has, FEWEST_ROWS)))
-            self.board.write_directory()
+            try:
+                self.board.write_directory()
+            except MemoryError:
+                self.entry.rows.pop()
+                raise
         self.words[ROWS_USED] = max(self.words[ROWS_USED], index + 1)
         return self.row_at(index)
 
@@ -204,17 +213,42 @@ class Scoreboard:
 
     def add(self, service: str) -> Service:
         """The words of a service: new ones, or those that it had when it was here before. Rows come with their use."""
-        entry = self._entries.get(service)
-        if entry is None:
-            entry = self._entries[service] = Entry(service, self._block(SERVICE_WORDS))
+        entry = (
+            self._entries.pop(service, None) or self._recycled(service) or Entry(service, self._block(SERVICE_WORDS))
+        )
         entry.is_gone = False
+        self._entries[service] = entry
         self.services[service] = Service(self, entry)
         self.write_directory()
         return self.services[service]
 
+    def _recycled(self, service: str) -> Entry | None:
+        """The blocks of a service that has gone, when too many are remembered, with nothing in them."""
+        gone = [entry for entry in self._entries.values() if entry.is_gone]
+        if len(gone) < MOST_GONE:
+            return None
+        old = self._entries.pop(gone[0].service)
+        blocks = [(old.words, SERVICE_WORDS), *((at, number * ROW_WORDS) for at, number in old.rows)]
+        for at, length in blocks:
+            self.words[at : at + length] = memoryview(bytes(length * WORD)).cast("Q")
+        return Entry(service, old.words, [("", at) for _, at in old.listeners], old.rows)
+
+    def lacks_room(self, services: Mapping[str, Sequence[str]]) -> str | None:
+        """Why these services cannot be described with their listeners, if they cannot. Asked before they are added."""
+        entries = {name: asdict(entry) for name, entry in self._entries.items()}
+        for name, urls in services.items():
+            entry = entries.setdefault(name, asdict(Entry(name, SPAN, rows=[(SPAN, FEWEST_ROWS)])))
+            known = [url for url, _ in entry["listeners"]]
+            entry["listeners"] += [(url, SPAN) for url in urls if url not in known]
+        length = len(json.dumps(list(entries.values()))) + len(json.dumps(self.name)) + _HEADING
+        if length < DIRECTORY:
+            return None
+        return f"{len(services)} services with their addresses need {length} bytes of description, not {DIRECTORY}"
+
     def remove(self, service: str) -> None:
         """Show the service no more. What it has counted stays."""
-        self._entries[service].is_gone = True
+        entry = self._entries[service] = self._entries.pop(service)  # of those gone the first has gone the longest ago
+        entry.is_gone = True
         del self.services[service]
         self.write_directory()
 
@@ -247,7 +281,7 @@ class Scoreboard:
         services = [asdict(entry) for entry in self._entries.values()]
         text = json.dumps({"version": VERSION, "name": self.name, "end": self._end, "services": services}).encode()
         if len(text) >= DIRECTORY:
-            raise MemoryError(f"{len(services)} services need {len(text)} bytes of description, not {DIRECTORY}")
+            raise MemoryError(f"{len(self._entries)} services need {len(text)} bytes of description, not {DIRECTORY}")
         self._layout += 1
         self._directory(self._layout)[: len(text) + 1] = text + b"\0"
         self.daemon[LAYOUT] = self._layout
