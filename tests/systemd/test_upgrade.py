@@ -24,7 +24,7 @@ def counted() -> float:
     return metrics(9109)['preforkd_requests_total{outcome="ok",service="Upper"}']
 
 
-def test_the_unit_stays_active_and_what_is_kept_for_it_is_kept_once(tmp_path: Path) -> None:
+def test_the_unit_stays_active_and_what_is_kept_for_it_is_kept_once() -> None:
     # The exporter's listener, ours, and the scoreboard: there is no room for one more.
     with Unit(":Upper", *TCP, *METRICS, WatchdogSec="2s", FileDescriptorStoreMax="3") as unit:
         assert unit.show("NFileDescriptorStore") == "3"
@@ -48,7 +48,7 @@ def test_the_unit_stays_active_and_what_is_kept_for_it_is_kept_once(tmp_path: Pa
         assert unit.pid != before
 
 
-def test_the_watchdog_is_fed_afterwards(tmp_path: Path) -> None:
+def test_the_watchdog_is_fed_afterwards() -> None:
     with Unit(":Upper", *TCP, WatchdogSec="1500ms") as unit:
         before = unit.pid
         upgrade()
@@ -78,7 +78,7 @@ def test_systemd_is_told_that_it_reloads_and_is_ready_again(tmp_path: Path) -> N
         unit.log.wait_for("^upgrade_done ")
 
 
-def test_a_conversation_survives(tmp_path: Path) -> None:
+def test_a_conversation_survives() -> None:
     with Unit(":Obey", *TCP) as unit:
         with socket.create_connection(ADDRESS, DEADLINE) as client, client.makefile("rb") as answers:
             client.sendall(b"pid\n")
