@@ -1,5 +1,5 @@
 # make serve   run the sample, with metrics
-# make test    all tests, on every CPython 3.11 to 3.13 that is found
+# make test    all tests, on every CPython 3.11 to 3.13 that is found; under load and systemd on the first only
 # make soak    those under load for minutes: a hundred reloads in a row, broken code, killed processes
 # make check   ruff, mypy and the import rule
 # make bench   the table of ratios against other servers
@@ -27,7 +27,11 @@ serve: $(VENV)/installed
 	@$(VENV)/bin/preforkd serve
 
 test: debian-packages
-	@for python in $(PYTHONS); do $(MAKE) --no-print-directory test-one PYTHON=$$python || exit; done
+	@for python in $(PYTHONS); do \
+	$(MAKE) --no-print-directory test-one PYTHON=$$python PYTEST="$(PYTEST) $$but" || exit; but="$(ON_ONE)"; done
+
+# What takes minutes and asks more of the kernel and of systemd than of Python: on the first interpreter only.
+ON_ONE := $(addprefix --ignore=tests/,systemd test_load.py test_reload_load.py)
 
 .PHONY: test-one
 test-one: $(VENV)/test-installed
