@@ -322,6 +322,7 @@ def test_what_has_woken_a_worker_is_served_although_it_drains(serve: Serve, targ
     daemon = serve(name, *TCP, *TWO, environment={"PYTHONPATH": os.pathsep.join(PATHS), "HOOKS": os.devnull})
     stays, leaves = (daemon.log.matches(rf"^worker_ready .*slot={slot} .*pid=(\d+)")[0][1] for slot in (0, 1))
     for pid in (stays, leaves):
+        eventually(lambda pid=pid: "epoll_wait" in Path(f"/proc/{pid}/wchan").read_text(), "it waits")  # type: ignore[misc]
         os.kill(int(pid), signal.SIGSTOP)
         eventually(lambda pid=pid: _state(pid) == "T", "it has stopped")  # type: ignore[misc]
     with daemon.connect() as client:
