@@ -156,7 +156,7 @@ class Store:
     def sync(self, bounds: Sequence[Bound], board: Scoreboard) -> None:
         """Have it keep these listeners and the scoreboard, and nothing else. The socket file of a listener stays, too.
 
-        Call when the daemon serves, and when its listeners have changed, before those gone are closed.
+        Call when the daemon serves, and again when its listeners have changed.
         """
         if not self.manager.is_there:
             return
