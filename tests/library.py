@@ -234,6 +234,7 @@ def shutdown_from_a_signal() -> None:
 
 def interrupted() -> None:
     """Ctrl-C reaches the whole group; only the master answers."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     with PreForkingTCPServer(LOOPBACK, Pid) as server:
         server.max_children = 3
 
