@@ -23,6 +23,7 @@ endif
 
 serve: $(VENV)/installed
 	@echo 'In a second terminal:  python3 tests/client.py 9999 hello    or    curl http://127.0.0.1:9109/metrics'
+	@echo '                  or:  $(VENV)/bin/preforkctl status'
 	@echo 'Ctrl-C stops it.'
 	@$(VENV)/bin/preforkd serve
 
