@@ -12,7 +12,7 @@ from time import CLOCK_MONOTONIC, clock_gettime_ns
 
 import pytest
 
-from preforkd.notify import EXTEND_EVERY, STATUS_EVERY, Manager, Phase, Rhythm, status_line
+from preforkd.notify import EXTEND_EVERY, STATUS_EVERY, Manager, Rhythm, Stage, status_line
 from tests.conftest import TARGETS, Serve
 from tests.daemon import DEADLINE
 
@@ -47,39 +47,39 @@ def messages(manager: socket.socket) -> Iterator[list[str]]:
 
 def test_the_watchdog_is_fed_at_its_interval_and_only_when_all_is_well() -> None:
     rhythm = Rhythm(watchdog_interval=2.0)
-    assert rhythm.due(100.0, Phase.SERVING, "", is_well=True) == ["WATCHDOG=1"]
+    assert rhythm.due(100.0, Stage.SERVING, "", is_well=True) == ["WATCHDOG=1"]
     assert rhythm.wake_at == 102.0
-    assert rhythm.due(101.9, Phase.SERVING, "", is_well=True) == []
-    assert rhythm.due(102.0, Phase.SERVING, "", is_well=False) == []
+    assert rhythm.due(101.9, Stage.SERVING, "", is_well=True) == []
+    assert rhythm.due(102.0, Stage.SERVING, "", is_well=False) == []
     assert rhythm.wake_at == float("inf")  # whatever makes it well wakes the loop
-    assert rhythm.due(109.0, Phase.SERVING, "", is_well=True) == ["WATCHDOG=1"]
+    assert rhythm.due(109.0, Stage.SERVING, "", is_well=True) == ["WATCHDOG=1"]
     assert rhythm.wake_at == 111.0
 
 
 def test_nobody_is_fed_who_does_not_watch() -> None:
     rhythm = Rhythm()
-    assert rhythm.due(100.0, Phase.SERVING, "", is_well=True) == []
+    assert rhythm.due(100.0, Stage.SERVING, "", is_well=True) == []
     assert rhythm.wake_at == float("inf")
 
 
-@pytest.mark.parametrize("phase", [Phase.BOOTING, Phase.RELOADING, Phase.STOPPING])
-def test_more_time_is_asked_for_again_before_it_runs_out(phase: Phase) -> None:
+@pytest.mark.parametrize("stage", [Stage.BOOTING, Stage.RELOADING, Stage.STOPPING])
+def test_more_time_is_asked_for_again_before_it_runs_out(stage: Stage) -> None:
     rhythm = Rhythm()
-    assert rhythm.due(100.0, phase, "", is_well=True) == ["EXTEND_TIMEOUT_USEC=10000000"]
+    assert rhythm.due(100.0, stage, "", is_well=True) == ["EXTEND_TIMEOUT_USEC=10000000"]
     assert rhythm.wake_at == 100.0 + EXTEND_EVERY
     assert EXTEND_EVERY < 10.0
-    assert rhythm.due(rhythm.wake_at - 0.1, phase, "", is_well=True) == []
-    assert rhythm.due(rhythm.wake_at, phase, "", is_well=True) == ["EXTEND_TIMEOUT_USEC=10000000"]
-    assert rhythm.due(200.0, Phase.SERVING, "", is_well=True) == []
+    assert rhythm.due(rhythm.wake_at - 0.1, stage, "", is_well=True) == []
+    assert rhythm.due(rhythm.wake_at, stage, "", is_well=True) == ["EXTEND_TIMEOUT_USEC=10000000"]
+    assert rhythm.due(200.0, Stage.SERVING, "", is_well=True) == []
     assert rhythm.wake_at == float("inf")
 
 
 def test_a_status_is_told_when_it_has_changed_and_not_too_often() -> None:
     rhythm = Rhythm()
-    assert rhythm.due(100.0, Phase.SERVING, "one", is_well=True) == ["STATUS=one"]
-    assert rhythm.due(100.1, Phase.SERVING, "two\nlines", is_well=True) == []
+    assert rhythm.due(100.0, Stage.SERVING, "one", is_well=True) == ["STATUS=one"]
+    assert rhythm.due(100.1, Stage.SERVING, "two\nlines", is_well=True) == []
     assert rhythm.wake_at == 100.0 + STATUS_EVERY
-    assert rhythm.due(rhythm.wake_at, Phase.SERVING, "two\nlines", is_well=True) == ["STATUS=two lines"]
+    assert rhythm.due(rhythm.wake_at, Stage.SERVING, "two\nlines", is_well=True) == ["STATUS=two lines"]
     assert rhythm.wake_at == float("inf")
 
 
@@ -120,7 +120,7 @@ def test_without_a_manager_nothing_is_said_and_nothing_is_due() -> None:
     manager.ready("fine")
     manager.keep("name", 0)
     manager.barrier()
-    manager.turn(Phase.BOOTING, "", is_well=True)
+    manager.turn(Stage.BOOTING, "", is_well=True)
     assert not manager.is_there
     assert manager.wake_at == float("inf")
 

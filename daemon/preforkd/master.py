@@ -21,7 +21,7 @@ from preforkd.descriptors import Store
 from preforkd.exits import Exit
 from preforkd.handover import Surroundings, hand_over
 from preforkd.listeners import Bound
-from preforkd.notify import Manager, Phase, newline, status_line
+from preforkd.notify import Manager, Stage, newline, status_line
 from preforkd.plan import Haste
 from preforkd.renewals import Renewals
 from preforkd.roster import Roster
@@ -67,7 +67,7 @@ class Master:
         listener = control.listener.socket if control else None
         self.control = Control(listener, selector, lambda request: commands.answer(self, request))
         self.manager, self.store, self.lock = manager, store, lock
-        self.told_phase = Phase.BOOTING
+        self.told_stage = Stage.BOOTING
         self.told_reloads = 0
         self.watcher: Watcher | None = None  # in dev mode
         self.started = monotonic()
@@ -83,7 +83,7 @@ class Master:
 
     def resume(self, release: str, around: Surroundings, refusal: str) -> None:
         """Go on for a master of this release before us under our pid. ``refusal``: why another one could not."""
-        self.is_ready, self.told_phase, self.started = True, Phase.SERVING, around.started
+        self.is_ready, self.told_stage, self.started = True, Stage.SERVING, around.started
         self.sizes_before_drain = around.sizes_before_drain
         self.renewals.resume(release, around.next_upgrade, refusal)
         self.reap()
@@ -158,13 +158,13 @@ class Master:
             newline(self.roster.checked.settings.ready_fd)
 
     @property
-    def phase(self) -> Phase:
+    def stage(self) -> Stage:
         """What we are about, as far as a service manager is patient with it."""
         if self.is_stopping:
-            return Phase.STOPPING
+            return Stage.STOPPING
         if self.renewals.reload is not None:
-            return Phase.RELOADING
-        return Phase.SERVING if self.is_ready else Phase.BOOTING
+            return Stage.RELOADING
+        return Stage.SERVING if self.is_ready else Stage.BOOTING
 
     def status(self) -> str:
         """How we are, in a line for the service manager."""
@@ -174,16 +174,16 @@ class Master:
 
     def tell_manager(self) -> None:
         """Tell the service manager what has changed, and what it wants to hear again and again."""
-        phase, before, status = self.phase, self.told_phase, self.status()
-        self.told_phase = phase
+        stage, before, status = self.stage, self.told_stage, self.status()
+        self.told_stage = stage
         if self.renewals.reloads != self.told_reloads:  # each one, for it may have ended already
             self.told_reloads = self.renewals.reloads
             self.manager.reloading()
-            before = Phase.RELOADING
-        if phase is Phase.SERVING and before is not phase:
+            before = Stage.RELOADING
+        if stage is Stage.SERVING and before is not stage:
             self.store.sync(self.roster.bound, self.roster.board)
             self.manager.ready(status)
-        self.manager.turn(phase, status, is_well=all(service.is_manned for service in self.roster.targets))
+        self.manager.turn(stage, status, is_well=all(service.is_manned for service in self.roster.targets))
 
     def stop_exporter_last(self) -> None:
         """Have it show the drain of the others to its end."""

@@ -28,7 +28,7 @@ STATUS_EVERY = 5.0
 BARRIER_TIMEOUT = 5.0
 
 
-class Phase(Enum):
+class Stage(Enum):
     """What the daemon is about, as far as a service manager is patient with it."""
 
     BOOTING = "booting"
@@ -53,18 +53,18 @@ class Rhythm:
     _extend_at: float = 0.0
     _status_at: float = 0.0
     _status: str = ""
-    _phase: Phase | None = None
+    _stage: Stage | None = None
 
-    def due(self, now: float, phase: Phase, status: str, *, is_well: bool) -> list[str]:
+    def due(self, now: float, stage: Stage, status: str, *, is_well: bool) -> list[str]:
         """What to say now. ``is_well``: whether the watchdog may be fed."""
         lines = []
         watched = is_well and self.watchdog_interval < float("inf")
         if watched and now >= self._watchdog_at:
             lines.append("WATCHDOG=1")
             self._watchdog_at = now + self.watchdog_interval
-        is_extending = phase is not Phase.SERVING
-        if phase is not self._phase:
-            self._phase, self._extend_at = phase, now
+        is_extending = stage is not Stage.SERVING
+        if stage is not self._stage:
+            self._stage, self._extend_at = stage, now
         if is_extending and now >= self._extend_at:
             lines.append(f"EXTEND_TIMEOUT_USEC={EXTENSION * 1e6:.0f}")
             self._extend_at = now + EXTEND_EVERY
@@ -139,10 +139,10 @@ class Manager:
 
     # What we say.
 
-    def turn(self, phase: Phase, status: str, *, is_well: bool) -> None:
+    def turn(self, stage: Stage, status: str, *, is_well: bool) -> None:
         """Say what is due at this turn of the loop; ``is_well``: whether every service has somebody."""
         if self.is_there and not self._unsent:
-            self._say(*self._rhythm.due(monotonic(), phase, status, is_well=is_well))
+            self._say(*self._rhythm.due(monotonic(), stage, status, is_well=is_well))
 
     def ready(self, status: str) -> None:
         """The daemon serves: after the start, or again after a reload."""
