@@ -134,7 +134,7 @@ class Renewals:
         if self.preflight is not None:
             self.preflight.settle()
             if self.preflight.is_over:
-                self._fly(self.preflight)
+                self._after_preflight(self.preflight)
         if self.reload is not None:
             self.reload.settle()
             if (verdict := self.reload.verdict) is not None:
@@ -185,7 +185,7 @@ class Renewals:
             except (OSError, ValueError) as error:
                 self._refuse_upgrade(f"{python}: {error}")
 
-    def _fly(self, preflight: Preflight) -> None:
+    def _after_preflight(self, preflight: Preflight) -> None:
         """Upgrade, if the preflight went well."""
         self.preflight = None
         try:

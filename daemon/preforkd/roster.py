@@ -25,8 +25,7 @@ class Change:
     """What is to be served from now on, and what that changes. The listeners for it are open."""
 
     checked: Checked
-    names: list[str]  # of the services to be loaded
-    loaded: dict[str, list[Bound]]  # with their listeners
+    loaded: dict[str, list[Bound]]  # the services to be loaded, with their listeners
     removed: list[str]
     opened: list[Bound] = field(default_factory=list)
     held: list[tuple[Bound, Address, Rules]] = field(default_factory=list)  # open already, and what they are to become
@@ -78,10 +77,11 @@ class Roster:
         if only is not None:
             checked, names = self._narrowed(checked, only), [name for name in names if name in only]
         faults = changes_that_need_a_restart(self.checked, checked)
-        change = Change(checked, names, {}, [name for name in self.services if name not in _names(checked)])
+        removed = [name for name in self.services if name not in _names(checked)]
+        change = Change(checked, {name: [] for name in names}, removed)
         missing = {name: self._hold(change, name) for name in names}
         for bound, address, _ in change.held:
-            faults += [f"{_where(change, bound)}: {why}" for why in [bound.cannot_become(address)] if why]
+            faults += [f"{_where(_service_of(change, bound))}: {why}" for why in [bound.cannot_become(address)] if why]
         try:
             found = places(missing, self.inherited, {bound.name for bound in self.bound})
             self.inherited.let_go(self.manager)
@@ -107,7 +107,6 @@ class Roster:
 
     def _hold(self, change: Change, name: str) -> list[Address]:
         """Have a service keep, or take over, what is open already. Returns the addresses that are not."""
-        change.loaded[name] = []
         missing = []
         for address in change.checked.addresses[name]:
             found = [bound for bound in self._free(change, name, address) if bound.serves(address)]
@@ -123,13 +122,13 @@ class Roster:
         of any other."""
         taken = [bound for bound, _, _ in change.held]
         for other, service in self.services.items():
-            stays_as_it_is = other not in change.names and other not in change.removed
+            stays_as_it_is = other not in change.loaded and other not in change.removed
             if other != name and (address.place is None or stays_as_it_is):
                 taken += service.listeners
         return [bound for bound in self.bound if bound not in taken]
 
     def _open(self, change: Change, place: Place, faults: list[str]) -> None:
-        where = EXPORTER if place.service == EXPORTER else f"services.{place.service}.listen"
+        where = _where(place.service)
         if place.address.scheme == "fd" and self.generation:  # by now the number may be anything of ours
             faults.append(f"{where}: {place.address.url}: is passed at the start; needs a restart")
             return
@@ -253,7 +252,6 @@ def _service_of(change: Change, bound: Bound) -> str:
     return next(name for name, listeners in change.loaded.items() if bound in listeners)
 
 
-def _where(change: Change, bound: Bound) -> str:
-    """The setting that a fault of a listener belongs to."""
-    name = _service_of(change, bound)
+def _where(name: str) -> str:
+    """The setting that a fault of a listener of this service belongs to."""
     return EXPORTER if name == EXPORTER else f"services.{name}.listen"

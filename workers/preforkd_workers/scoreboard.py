@@ -108,7 +108,7 @@ class Service:
         """The words of each listener, by its URL."""
         return {url: self.board.words[at : at + LISTENER_WORDS] for url, at in self.entry.listeners if url}
 
-    def row_at(self, index: int) -> int:
+    def place_of_row(self, index: int) -> int:
         """Where the row of a lane begins. ``index`` is counted within the service; IndexError when it has no such."""
         for at, number in self.entry.rows:
             if index < number:
@@ -117,7 +117,7 @@ class Service:
         raise IndexError(f"{self.entry.service} has no row {index} more")
 
     def row(self, index: int) -> memoryview:
-        return self.board.row_at(self.row_at(index))
+        return self.board.row_at(self.place_of_row(index))
 
     def rows(self) -> Iterator[memoryview]:
         """The rows that were ever used; an untouched page of the rest is never read, for reading would allocate it."""
@@ -137,7 +137,7 @@ class Service:
                 self.entry.rows.pop()
                 raise
         self.words[ROWS_USED] = max(self.words[ROWS_USED], index + 1)
-        return self.row_at(index)
+        return self.place_of_row(index)
 
     def settle_row(self, index: int) -> int:
         """Take over the row of a dead lane: empty it, and return how many requests died with it."""
