@@ -98,6 +98,24 @@ class Log:
         assert self._ended, f"somebody still holds the log:\n{self.text}"
 
 
+class Conversation:
+    """A connection that stays open, and what is answered on it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.answers = connection.makefile("rb")
+
+    def close(self) -> None:
+        self.answers.close()
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Daemon:
     """``python -m preforkd serve …`` in a directory and a session of its own."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.conftest import Serve
-from tests.daemon import DEADLINE, Daemon
+from tests.daemon import DEADLINE, Conversation, Daemon
 
 APP = """
 import os
@@ -103,27 +103,16 @@ class Site:
         return {self.ask() for _ in range(number)}
 
 
-class Talk:
+class Talk(Conversation):
     """A conversation that stays open, and the pid of its worker."""
 
     def __init__(self, daemon: Daemon, service: str | None = None) -> None:
-        self.socket = daemon.connect(service)
-        self.answers = self.socket.makefile("rb")
+        super().__init__(daemon.connect(service))
         self.pid = int(self.ask("pid"))
 
     def ask(self, line: str) -> str:
         self.socket.sendall(f"{line}\n".encode())
         return self.answers.readline().decode().strip()
-
-    def close(self) -> None:
-        self.answers.close()
-        self.socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def udp(address: tuple[str, int]) -> socket.socket:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -24,22 +24,22 @@ from preforkd.control import LONGEST_LINE, LONGEST_OUTPUT, MOST_CLIENTS, PATIENC
 from preforkd.listeners import ListenError
 from preforkd.runtime import address_of, control_place, directories
 from tests.conftest import TARGETS, Serve
-from tests.daemon import DEADLINE, Daemon, Log, eventually, unprivileged
+from tests.daemon import DEADLINE, Conversation, Daemon, Log, eventually, unprivileged
 from tests.test_hardship import limited
 
 TCP = ("--listen", "tcp://127.0.0.1:0")
 PING = {"v": 1, "do": "ping"}
 
 
-class Client:
+class Client(Conversation):
     """A connection to a control socket, without any manners of its own."""
 
     def __init__(self, path: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with address_of(path) as address:
-            self.socket.connect(address)  # waits where the backlog is full; with a time-out it would fail
-        self.socket.settimeout(DEADLINE)
-        self.answers = self.socket.makefile("rb")
+            connection.connect(address)  # waits where the backlog is full; with a time-out it would fail
+        connection.settimeout(DEADLINE)
+        super().__init__(connection)
 
     def send(self, *requests: object) -> None:
         self.socket.sendall(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
@@ -63,16 +63,6 @@ class Client:
             return self.answers.read() == b""
         except ConnectionResetError:
             return True
-
-    def close(self) -> None:
-        self.answers.close()
-        self.socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 # Lines.

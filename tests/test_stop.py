@@ -6,13 +6,12 @@ import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import pytest
 
 import preforkd.pool
 from tests.conftest import Serve
-from tests.daemon import Daemon, eventually
+from tests.daemon import Conversation, Daemon, eventually
 
 TCP = ("--listen", "tcp://127.0.0.1:0")
 METRICS = ("--metrics", "tcp://127.0.0.1:0")
@@ -23,12 +22,11 @@ def timeouts(graceful: float, eof: float) -> Sequence[str]:
     return "--set", f"graceful_timeout={graceful}", "--set", f"eof_timeout={eof}"
 
 
-class Client:
+class Client(Conversation):
     """A client in the middle of a conversation."""
 
     def __init__(self, daemon: Daemon, service: str | None = None) -> None:
-        self.socket = daemon.connect(service)
-        self.answers = self.socket.makefile("rb")
+        super().__init__(daemon.connect(service))
         self.pid = int(self.ask(b"pid"))
 
     def ask(self, line: bytes) -> bytes:
@@ -41,16 +39,6 @@ class Client:
             return self.answers.read()
         except ConnectionResetError:
             return b""
-
-    def close(self) -> None:
-        self.answers.close()
-        self.socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def exit_of(daemon: Daemon, pid: int) -> str:
