@@ -1,17 +1,18 @@
 # make serve   run the sample, with metrics
-# make test    all tests, on every CPython 3.11 to 3.13 that is found; under load and systemd on the first only
+# make test    all tests on the first CPython from 3.11 to 3.13 that is found; on the others those that an interpreter matters to
+# make test-all  all of them on all of these, but for systemd, supervisord, Prometheus and load: on the first only
 # make soak    those under load for minutes: a hundred reloads in a row, broken code, killed processes
 # make check   ruff, mypy and the import rule
-# make bench   the table of ratios against other servers
-.PHONY: serve test soak check bench clean debian-packages
+# make bench   the table of ratios against other servers; BENCH='--save' keeps it, with plots, in tests/bench/results
+.PHONY: serve test test-all soak check bench clean debian-packages
 .DELETE_ON_ERROR:
 
 # Interpreters on the path, and those of pyenv; the first of each version.
-PYTHONS := $(shell for version in 3.11 3.12 3.13; do \
-	for python in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python3; do \
-	$$python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2>/dev/null && echo $$python && break; \
-	done; done)
-PYTHON ?= $(firstword $(PYTHONS))
+find_python = $(shell for python in python$(1) $$HOME/.pyenv/versions/$(1).*/bin/python3; do \
+	$$python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$(1)')" 2>/dev/null && echo $$python && break; done)
+$(foreach version,3.11 3.12 3.13,$(eval PYTHON_$(version) := $(call find_python,$(version))))
+VERSIONS := $(foreach version,3.11 3.12 3.13,$(if $(PYTHON_$(version)),$(version)))
+PYTHON ?= $(PYTHON_$(firstword $(VERSIONS)))
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV = .venv/$(VERSION)
 ROOT := $(filter 0,$(shell id -u))
@@ -27,26 +28,56 @@ serve: $(VENV)/installed
 	@echo 'Ctrl-C stops it.'
 	@$(VENV)/bin/preforkd serve
 
+# What an interpreter matters to: whatever runs in molds and workers, the library, and the upgrade from one to another.
+EVERYWHERE := $(addprefix tests/,clients $(patsubst %,test_%.py,adversity awaited boot copies deaths handle_request hardship hooks \
+	keeper kinds last_requests library limits pooled_target scoreboard script serve stop streams threadpool upgrade \
+	user_metrics valuefile))
+
+test-all:
+	@$(MAKE) --no-print-directory test EVERYWHERE=
+
+# As many as there are cores: with more, whatever waits for a time is late. The long ones come first.
+SIDE_BY_SIDE = $(MAKE) --no-print-directory --jobs=$(shell nproc) --output-sync=recurse
+
 test: debian-packages
-	@for python in $(PYTHONS); do \
-	$(MAKE) --no-print-directory test-one PYTHON=$$python PYTEST="$(PYTEST) $$but" || exit; but="$(ON_ONE)"; done
+	@echo 'Tests on CPython $(VERSIONS), side by side; the output of each comes when it has ended.'
+	@$(SIDE_BY_SIDE) $(VERSIONS:%=environment-%)
+	@$(SIDE_BY_SIDE) $(if $(PYTEST),,test-around) $(VERSIONS:%=test-%)
 
-# What takes minutes and asks more of the kernel and of systemd than of Python: on the first interpreter only.
-ON_ONE := $(addprefix --ignore=tests/,systemd test_load.py test_reload_load.py)
+# What takes minutes and asks more of the kernel, of systemd, supervisord and Prometheus than of Python: on the first
+# interpreter only, beside the others. Where PYTEST says what to run, it is that, on all of them.
+AROUND := $(addprefix tests/,systemd supervisor test_alerts.py test_load.py test_reload_load.py)
 
-.PHONY: test-one
-test-one: $(VENV)/test-installed
+test-3.%:
+	@$(MAKE) --no-print-directory --jobs=1 test-one PYTHON=$(PYTHON_3.$*) \
+	PYTEST="$(or $(PYTEST),$(if $(filter-out 3.$*,$(firstword $(VERSIONS))),$(EVERYWHERE)),$(AROUND:%=--ignore=%))"
+
+test-around:
+	@$(MAKE) --no-print-directory --jobs=1 test-one PYTEST="$(AROUND)"
+
+environment-3.%:
+	@$(MAKE) --no-print-directory --jobs=1 environment PYTHON=$(PYTHON_3.$*)
+
+.PHONY: environment test-one test-around
+environment: $(VENV)/test-installed
+
+# Compiled first: where PYTHONDONTWRITEBYTECODE is set, each of thousands of daemons would compile all of it for itself.
+.PHONY: compiled
+compiled: $(VENV)/test-installed
+	@$(VENV)/bin/python -m compileall -q daemon workers tests
+
+test-one: compiled
 	$(VENV)/bin/python -m pytest -q $(PYTEST)
 
-soak: $(VENV)/test-installed
+soak: compiled
 	$(VENV)/bin/python -m pytest -q --soak --timeout 1800 tests/test_reload_load.py $(PYTEST)
 
-check: $(VENV)/test-installed
+check: $(VENV)/tools-installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/test-installed
+bench: $(VENV)/tools-installed
 	$(VENV)/bin/python -m tests.bench $(BENCH)
 
 $(VENV)/installed: pyproject.toml | venv-module
@@ -55,6 +86,10 @@ $(VENV)/installed: pyproject.toml | venv-module
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/installed
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(VENV)/tools-installed: $(VENV)/test-installed
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[test,check,bench]'
 	@touch $@
 
@@ -74,3 +109,4 @@ endif
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find daemon workers tests -name __pycache__ -prune -exec rm -rf {} +

@@ -15,6 +15,12 @@ Serve = Callable[..., Daemon]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="make the tests under load long")
+    parser.addoption("--kind", help="have daemons with workers of this kind, where a test does not say: thread, gevent")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if kind := config.getoption("--kind"):
+        Daemon.kind = {"PREFORKD_KIND": kind, "PREFORKD_THREADS": "4", "PREFORKD_GREENLETS": "50"}
 
 
 @pytest.fixture

@@ -3,19 +3,22 @@
 They fork, install signal handlers and use threads as real programs do, and print what the tests look at.
 """
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
+import weakref
 from socketserver import BaseRequestHandler, StreamRequestHandler, TCPServer
 from typing import Any
 
 from preforkd import PreForkingMixIn, PreForkingTCPServer, PreForkingUDPServer
-from tests.daemon import eventually
+from tests.daemon import eventually, kill
 
 # A program that serves from a thread forks with threads; the docstring of the mixin says what of that.
 warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
@@ -170,7 +173,7 @@ def children_of_others() -> None:
     with PreForkingTCPServer(LOOPBACK, Pid) as server:
         server.max_children = 2
         thread = serve_in_thread(server)
-        os.kill(ask(server.server_address), signal.SIGKILL)
+        kill(ask(server.server_address))
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
         assert ask(server.server_address)
         server.shutdown()
@@ -184,7 +187,7 @@ def killed_worker() -> None:
         server.max_children = 1
         thread = serve_in_thread(server)
         first = ask(server.server_address)
-        os.kill(first, signal.SIGKILL)
+        kill(first)
         assert ask(server.server_address) != first
         server.shutdown()
         thread.join()
@@ -271,6 +274,43 @@ def two_servers() -> None:
         thread.join()
 
 
+def closed_beside_newborns() -> None:
+    """Closing a server frees its port, although a worker of another has just been forked and got no further yet."""
+
+    class Server(PreForkingTCPServer):
+        max_children = 1
+        allow_reuse_address = True
+
+    first, second = Server(LOOPBACK, Pid), Server(LOOPBACK, Pid)
+    threads = [serve_in_thread(first)]
+    assert ask(first.server_address)
+    os.register_at_fork(after_in_child=lambda: time.sleep(0.3))
+    threads.append(serve_in_thread(second))
+    eventually(lambda: second.active_children)
+    first.shutdown()
+    first.server_close()
+    Server(first.server_address, Pid).server_close()
+    second.shutdown()
+    second.server_close()
+    for thread in threads:
+        thread.join()
+
+
+def forgotten() -> None:
+    """A server that has served and is forgotten is collected, also one that nobody has closed."""
+    server = PreForkingTCPServer(LOOPBACK, Pid)
+    server.max_children, server.block_on_close = 1, False
+    thread = serve_in_thread(server)
+    assert ask(server.server_address)
+    server.shutdown()
+    thread.join()
+    trace = weakref.ref(server)
+    warnings.simplefilter("ignore", ResourceWarning)
+    del server, thread
+    gc.collect()
+    assert trace() is None
+
+
 def init_passed_over() -> None:
     """A class that calls ``TCPServer.__init__`` itself, and sets what it likes afterwards."""
 
@@ -315,7 +355,7 @@ def overridden_below() -> None:
     thread = serve_in_thread(server)
     answer = ask(server.server_address)
     assert str(answer).startswith("1")
-    os.kill(int(str(answer)[1:]), signal.SIGKILL)
+    kill(int(str(answer)[1:]))
     assert ask(server.server_address) != answer
     server.shutdown()
     thread.join()
@@ -436,6 +476,25 @@ def buffered_output() -> None:
         server.max_children = 3
         thread = serve_in_thread(server)
         assert ask(server.server_address)
+        server.shutdown()
+        thread.join()
+
+
+def extras() -> None:
+    """What a handler may ask the daemon for does no harm here, in a worker and in the process that forks them."""
+
+    class Ask(BaseRequestHandler):
+        def handle(self) -> None:
+            server: Any = self.server
+            server.extend_deadline(5)
+            server.mark("asking")
+            self.request.sendall(b"%d" % os.getpid())
+
+    with PreForkingTCPServer(LOOPBACK, Ask) as server:
+        server.extend_deadline(5)
+        server.mark("nobody hears")
+        thread = serve_in_thread(server)
+        assert ask(server.server_address) != os.getpid()
         server.shutdown()
         thread.join()
 

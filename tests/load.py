@@ -8,6 +8,7 @@ second one ending its sending side first; *datagram* sends one and waits for the
 once and stays until the server ends it. Both then connect anew.
 
 An answer is ``GENERATION SERIAL GENERATION PID``, and a newline: two places of the code served say its generation.
+One that the server ends the connection after says ``last`` as well, for otherwise the next question may cross the end.
 What may become of a request:
 
 - answered: counted by generation, with the time of the first answer and the time of the last question
@@ -80,6 +81,7 @@ class Question:
         self.pid = 0
         self.port = 0
         self.failed = False
+        self.is_last = False  # of its connection
 
     def read(self, answer: bytes) -> None:
         """Take the whole answer.
@@ -89,7 +91,9 @@ class Question:
         if not answer.endswith(b"\n"):
             raise Fault("unanswered", f"end after {answer!r}")
         words = answer.decode(errors="replace").split()
-        if answer.count(b"\n") != 1 or len(words) != 4 or words[1] != str(self.serial) or words[0] != words[2]:
+        self.is_last = words[4:] == ["last"]
+        is_whole = answer.count(b"\n") == 1 and len(words) == 4 + self.is_last
+        if not is_whole or words[1] != str(self.serial) or words[0] != words[2]:
             raise Fault("wrong", f"{answer!r}")
         self.generation, self.pid = words[0], int(words[3])
 
@@ -348,7 +352,7 @@ def stay_connected(load: Load, kind: str, pause: float) -> Client:
                 if question.failed or link is None:
                     break
                 with load.held_by(question):
-                    is_over = yield Wait(link, pause, idle=True)
+                    is_over = yield Wait(link, load.deadline if question.is_last else pause, idle=True)
                 if is_over:
                     _read_end(load, question, link)
                     break

@@ -11,11 +11,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import pytest
 
-from preforkd import children, generations, pool, reload, service
+from preforkd import breathing, children, generations, pool, reload, service
 from preforkd_workers.protocol import DRAIN, FAILED, LEAVING, READY, SPAWNED, Order
 from preforkd_workers.scoreboard import BEGUN, ERRORS, OK, Scoreboard
 from preforkd_workers.spec import Spec
@@ -102,7 +102,7 @@ class Mold(Process):
             service=self.service,
             generation=self.generation,
             end=end.dup(),
-            row=self.machine.board.row_at(order.row_at),
+            row=self.machine.board.rows_at(order.rows_at, 1)[0],
         )
         self.machine.processes[made.pid] = made
         self.outbox.append((SPAWNED, f"{order.serial} {made.pid}"))
@@ -145,7 +145,7 @@ class Machine:
         self.processes: dict[int, Process] = {}
         self.pids = iter(range(10_000_000, 20_000_000))
         self.path = self
-        for module in (pool, children, generations, service, reload):
+        for module in (pool, children, generations, service, breathing, reload):
             monkeypatch.setattr(module, "monotonic", lambda: self.now)
         for module in (pool, children, generations):
             monkeypatch.setattr(module, "os", self)
@@ -207,7 +207,7 @@ class Machine:
             raise ChildProcessError
         if process.is_alive:
             return 0, 0, None
-        return *self.waitpid(pid, 0), os.times_result((0.0,) * 5) and _Usage()
+        return *self.waitpid(pid, 0), _Usage()
 
     def waitpid(self, pid: int, _options: int) -> tuple[int, int]:
         status = self.processes.pop(pid).status
@@ -218,7 +218,7 @@ class Machine:
 class _Child(children.Child):
     """Born by the machine's clock."""
 
-    machine: Machine
+    machine: ClassVar[Machine]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,3 +227,4 @@ class _Child(children.Child):
 
 class _Usage:
     ru_utime = ru_stime = 0.0
+    ru_maxrss = 0

@@ -1,6 +1,5 @@
 """A directory with settings and an application in it, as somebody deploys it: written anew, and reloaded."""
 
-import os
 import signal
 import socket
 from pathlib import Path
@@ -128,7 +127,3 @@ def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)

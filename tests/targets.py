@@ -1,12 +1,15 @@
 """Handlers and servers for the daemon under test. They know nothing of preforkd."""
 
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from socketserver import (
     BaseRequestHandler,
     DatagramRequestHandler,
@@ -40,6 +43,13 @@ class Pid(BaseRequestHandler):
 
     def handle(self) -> None:
         self.request.sendall(b"%d\n" % os.getpid())
+
+
+class PidDatagram(DatagramRequestHandler):
+    """Tells which process serves."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"%d" % os.getpid())
 
 
 class Orphan(BaseRequestHandler):
@@ -101,6 +111,30 @@ class Obey(StreamRequestHandler):
                 self.server.shutdown()
                 return b"shut down\n"
         return b"what?\n"
+
+
+class Thief(BaseRequestHandler):
+    """Leaves a thread behind that takes a SIGTERM to the process, once its main thread sleeps again. Tells the pid."""
+
+    def handle(self) -> None:
+        self.request.sendall(b"%d\n" % os.getpid())
+        threading.Thread(target=self.take_it, daemon=True).start()
+
+    def take_it(self) -> None:
+        state, pause = Path(f"/proc/self/task/{os.getpid()}/stat"), threading.Event()
+        while not state.read_text().rpartition(")")[2].startswith(" S ") or self.request.fileno() >= 0:
+            pause.wait(0.01)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+
+class Deaf(BaseRequestHandler):
+    """Hangs in C, with the GIL held and whatever signals come: it locks a mutex twice."""
+
+    def handle(self) -> None:
+        self.request.sendall(b"stuck\n")
+        mutex = ctypes.create_string_buffer(256)  # all zeros: PTHREAD_MUTEX_INITIALIZER
+        for _ in range(2):
+            ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 
 
 class Environment(BaseRequestHandler):

@@ -32,7 +32,7 @@ def test_a_mold_killed_while_it_forks_is_no_failure_of_the_target(serve: Serve) 
     assert not daemon.log.matches("^boot_failed")
 
 
-@pytest.mark.parametrize("number", [40, signal.SIGRTMIN, signal.SIGRTMAX])
+@pytest.mark.parametrize("number", [40, signal.SIGRTMIN + 1, signal.SIGRTMAX])
 def test_a_worker_killed_by_a_signal_without_a_name_is_replaced(serve: Serve, number: int) -> None:
     daemon = serve(":Upper", *TCP, *ONE)
     os.kill(daemon.workers()[0], number)

@@ -28,6 +28,7 @@ def write(directory: Path, source: str, name: str = "app.py") -> None:
 def boot_failure(daemon: Daemon) -> str:
     """What it says of its target when it has ended for it, without the prefix."""
     assert daemon.wait() == 70
+    daemon.log.wait_for("^boot_failed ")
     assert len(daemon.log.matches("^boot_failed ")) == 1
     assert not daemon.log.matches("^ready ")
     at = [line.startswith("boot_failed ") for line in daemon.log.lines].index(True)
@@ -219,6 +220,16 @@ def test_when_the_mold_dies_and_the_module_is_broken_the_workers_serve_on(serve:
     os.kill(workers[0], signal.SIGKILL)
     eventually(lambda: len(daemon.workers()) == 2)
     assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGRTMIN])
+def test_who_has_no_stack_to_tell_yet_lives_on_when_asked_for_it(serve: Serve, number: int) -> None:
+    """A mold never has; and what it does with a signal, its workers do until they are ready to answer."""
+    daemon = serve("preforkd_workers.samples:Upper", *TCP)
+    (mold,) = daemon.titled("mold Upper")
+    os.kill(mold, number)
+    assert daemon.ctl("roll").returncode == 0
+    assert daemon.titled("mold Upper") == [mold]
 
 
 def test_when_a_worker_cannot_import_any_more_it_is_said_and_tried_again(serve: Serve, tmp_path: Path) -> None:

@@ -41,6 +41,15 @@ def test_settings_prints_the_reference(tmp_path: Path) -> None:
     assert run(tmp_path, "settings") == (0, settings.reference() + "\n", "")
 
 
+def test_who_reads_no_further_ends_it_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "preforkd", "settings"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=DEADLINE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -68,7 +77,7 @@ def test_wrong_settings_are_status_78_with_every_fault_from_every_place(tmp_path
         78,
         "",
         "preforkd: PREFORKD_PRELOAD: true or false, not 'maybe'\n"
-        "preforkd: --kind: one of process, not 'x'\n"
+        "preforkd: --kind: one of gevent, process, thread, not 'x'\n"
         "preforkd: --max-children: at least 1, not '0'\n"
         "preforkd: --ready-fd: a whole number, not 'a'\n"
         "preforkd: --set z: unknown setting 'z'\n"

@@ -189,7 +189,7 @@ def test_stacks_of_one_worker_or_of_all(serve: Serve) -> None:
         assert done(daemon, "stacks", slot).startswith(shown.splitlines()[0])
         assert shown.splitlines()[0] in daemon.log.lines
         everybody = done(daemon, "stacks")
-        assert set(re.findall(r"^(\S+)\| Current thread", everybody, re.MULTILINE)) == {"Obey#0", "Obey#1", "metrics#0"}
+        assert set(re.findall(r"^(\S+)\| Stack", everybody, re.MULTILINE)) == {"Obey#0", "Obey#1", "metrics#0"}
         done(daemon, "stop", "--now")
 
 
@@ -441,7 +441,7 @@ def test_the_daemon_may_be_named_or_be_the_only_one(serve: Serve) -> None:
 
 
 def test_only_status_loads_what_is_heavy() -> None:
-    code = "import sys, preforkd.ctl; print({'psutil', 'msgspec', 'asyncio', 'subprocess'} & set(sys.modules) or '')"
+    code = "import sys, preforkd.ctl; print({'psutil', 'asyncio', 'subprocess'} & set(sys.modules) or '')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE).stdout == "\n"
 
 

@@ -8,8 +8,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from preforkd.addresses import parse
 from preforkd.descriptors import SCOREBOARD, Inherited, listener_name, places, scoreboard
-from preforkd.listeners import ListenError, parse
+from preforkd.listeners import ListenError
 from preforkd_workers.scoreboard import (
     BEGUN,
     CAUSES,
@@ -138,9 +139,9 @@ def test_a_name_that_was_not_passed_is_refused() -> None:
 def test_a_scoreboard_is_taken_back_settled_and_counts_on() -> None:
     before = Scoreboard.create("x")
     service = before.add("echo")
-    service.use_row(1)
+    service.use(1)
     service.words[KILLED] = 5
-    row = service.row(0)
+    row = service.rows(0)[0]
     row[PID], row[STATE], row[BEGUN], row[OK] = 1, SERVING, 10, 9
     passed = Inherited([(SCOREBOARD, before.fd)])
     board = scoreboard("x", passed)
@@ -151,7 +152,7 @@ def test_a_scoreboard_is_taken_back_settled_and_counts_on() -> None:
     after = board.add("echo")
     assert after.words[KILLED] == 6
     assert after.words[EXITS + CAUSES.index("orphaned")] == 1
-    assert after.row(0)[OK] == 9
+    assert after.rows(0)[0][OK] == 9
     os.close(board.fd)
 
 

@@ -169,7 +169,7 @@ def test_a_loop_that_looks_for_itself_ends_in_its_own_way(serve: Serve, notes: N
     assert daemon.ask(b"say hello\n") == b"hello\n"
     assert daemon.stop() == 0
     assert notes() == ["tidied up", "server_close"]
-    assert daemon.log.matches("^worker_exit .*cause=drained ")
+    daemon.log.wait_for("^worker_exit .*cause=drained ")
 
 
 def test_shutdown_by_a_handler_ends_the_loop(serve: Serve) -> None:

@@ -168,7 +168,7 @@ def test_a_hook_that_raises_before_a_worker_serves_is_a_boot_failure(
 
 @pytest.mark.parametrize("hook", ["on_mold", "on_worker_start"])
 def test_a_hook_that_hangs_before_a_worker_serves_is_killed_with_its_stack(serve: Serve, hook: str) -> None:
-    names = hooks(**{hook: "hangs", "boot_timeout": "0.5"})
+    names = hooks(**{hook: "hangs", "boot_timeout": "3"})
     daemon = serve(f"{HOOKED}:Server", *TCP, *ONE, *names, ready=False)
     assert daemon.wait() == 70
     assert daemon.log.matches("^kill .*cause=boot signal=SIGABRT")
@@ -270,15 +270,17 @@ def test_shutdown_by_a_handler_drains_with_its_hooks(serve: Serve, notes: Notes)
     assert mine == ["on_worker_start", "on_drain", "request", "on_worker_stop", "server_close"]
 
 
+@pytest.mark.parametrize("kill", ["", "os.kill = lambda *_: threading.Event().wait()\n"], ids=["", "told too late"])
 def test_shutdown_in_another_thread_runs_the_hook_in_the_main_thread(
-    serve: Serve, notes: Notes, tmp_path: Path
+    serve: Serve, notes: Notes, tmp_path: Path, kill: str
 ) -> None:
+    """Also where the request ends before that thread gets to tell the main one."""
     (tmp_path / "app.py").write_text(
-        "import threading\nfrom tests.hooked import *\nfrom tests.hooked import Handler, Hooks\n"
+        f"import os, threading\n{kill}from tests.hooked import *\nfrom tests.hooked import Handler, Hooks\n"
         "class Stop(Handler):\n"
         "    def obey(self, order, *words):\n"
         "        if order == 'stop':\n"
-        "            threading.Thread(target=self.server.shutdown).start()\n"
+        "            threading.Thread(target=self.server.shutdown, daemon=True).start()\n"
         "            while not self.server.draining: pass\n"
         "        return super().obey(order, *words)\n"
         "def make(address):\n    server = Server(address)\n    server.RequestHandlerClass = Stop\n    return server\n"

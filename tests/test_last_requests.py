@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
+from typing import ClassVar
 
 import pytest
 
 from preforkd_workers.lane import Lane
 from preforkd_workers.lifeline import Lifeline
-from preforkd_workers.scoreboard import blank_row
+from preforkd_workers.scoreboard import Rows
 from preforkd_workers.tally import Tally
 from tests.conftest import Serve
 from tests.daemon import DEADLINE
@@ -40,9 +41,13 @@ class Datagrams(ThreadingUDPServer):
 """
 
 
-class Pong(BaseRequestHandler):
+class Last(BaseRequestHandler):
+    """Says whether its lane may take others yet."""
+
+    lane: ClassVar[Lane]
+
     def handle(self) -> None:
-        self.request.sendall(b"pong")
+        self.request.sendall(b"taking" if self.lane.is_taking else b"left")
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def gate(tmp_path: Path) -> Path:
 @pytest.fixture
 def servers() -> Iterator[list[TCPServer]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(TCPServer(("127.0.0.1", 0), Pong)) for _ in range(2)]
+        yield [stack.enter_context(TCPServer(("127.0.0.1", 0), Last)) for _ in range(2)]
 
 
 def test_a_lane_that_several_listeners_have_woken_at_once_takes_from_each_although_it_drains(
@@ -63,15 +68,16 @@ def test_a_lane_that_several_listeners_have_woken_at_once_takes_from_each_althou
 ) -> None:
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs), ExitStack() as clients:
-        lane = Lane(servers, Lifeline(theirs), Tally(blank_row()))
+        lane = Lane(servers, Lifeline(theirs), Tally(Rows.blank()[0]))
         asked = [clients.enter_context(socket.create_connection(each.server_address)) for each in servers]  # type: ignore[arg-type]
         for server in servers:
             server.socket.setblocking(False)
+        Last.lane, lane.is_taking = lane, True
         lane.drain()
         lane.take_last()
-        for client in asked:
+        for client, answer in zip(asked, (b"taking", b"left"), strict=True):  # the last of them may take long
             client.settimeout(DEADLINE)
-            assert client.recv(9) == b"pong"
+            assert client.recv(9) == answer
 
 
 def test_a_request_that_was_handed_to_a_daemon_thread_is_answered_though_the_worker_leaves(

@@ -53,6 +53,8 @@ def test_cpythons_own_tests_pass_over_the_classes() -> None:
     kinds = ["TCP", "UDP"] + (["UnixStream", "UnixDatagram"] if sys.version_info >= (3, 12) else [])
     for kind in kinds:
         assert f"PreForking{kind}Server'>" in done.stdout + done.stderr
+    for kind in ("TCP", "UDP", "UnixStream", "UnixDatagram"):
+        assert f"ThreadPool{kind}Server'>" in done.stdout + done.stderr
 
 
 def test_everything_public_of_socketserver_is_here_too() -> None:

@@ -153,6 +153,7 @@ def test_killed_workers_cost_what_they_held_and_no_more(serve: Serve, tmp_path: 
         for turn in range(6):
             load.after(200)
             service = ("stream", "datagrams")[turn % 2]
+            eventually(lambda service=service: len(daemon.workers(service)) > 1, "the slot is refilled")  # type: ignore[misc]
             victim = daemon.workers(service)[turn % 2]
             os.kill(victim, signal.SIGKILL)
             kills[service] += 1

@@ -12,7 +12,7 @@ from time import CLOCK_MONOTONIC, clock_gettime_ns
 
 import pytest
 
-from preforkd.notify import EXTEND_EVERY, STATUS_EVERY, Manager, Rhythm, Stage, status_line
+from preforkd.notify import EXTEND_EVERY, FEED_EVERY, STATUS_EVERY, Manager, Rhythm, Stage, status_line
 from tests.conftest import TARGETS, Serve
 from tests.daemon import DEADLINE
 
@@ -98,6 +98,10 @@ def test_the_variables_are_taken_out_of_the_environment_and_can_be_put_back() ->
     assert environment == {"HOME": "/"}
     assert manager.environment() == variables
     assert manager.watchdog_interval == 1.5
+
+
+def test_a_patient_watchdog_is_fed_so_often_that_orphans_have_most_of_its_time() -> None:
+    assert Manager({"NOTIFY_SOCKET": "/nobody", "WATCHDOG_USEC": "45000000"}, 1).watchdog_interval == FEED_EVERY
 
 
 @pytest.mark.parametrize(

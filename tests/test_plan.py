@@ -6,14 +6,14 @@ from math import inf
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from preforkd.holdback import LONGEST_PAUSE, pause
 from preforkd.plan import (
     BURST,
     FRUITLESS_AGE,
     KILL_TIMEOUT,
-    LONGEST_PAUSE,
     Child,
     EndOfFile,
     Haste,
@@ -25,7 +25,6 @@ from preforkd.plan import (
     Timeouts,
     Wanted,
     is_failed_start,
-    pause,
     plan,
     wake_at,
 )
@@ -42,6 +41,8 @@ class Record:
     since: float = 100.0
     busy: bool = False
     generation: int = 1
+    worn: str | None = None
+    retires_first: bool = False
 
 
 def steps(now: float, wanted: Wanted, *children: Record, not_before: dict[int, float] | None = None) -> list[Step]:
@@ -330,3 +331,56 @@ def test_whatever_the_children_do_the_pool_becomes_what_is_wanted(
         wake = wake_at(wanted, [*pool.values()], TIMEOUTS, not_before)
         now = max(now, min(wake, now + 1))
         assert now < end, (wanted, pool)
+
+
+WORN = st.lists(
+    st.builds(
+        Record,
+        st.integers(0, 12),
+        st.sampled_from([State.READY, State.READY, *State]),
+        TIMES,
+        st.booleans(),
+        st.sampled_from([1, 9]),
+        st.none() | st.just("max_requests"),
+        st.booleans(),
+    ),
+    max_size=8,
+    unique_by=lambda child: child.slot,
+)
+
+
+@settings(max_examples=500)
+@given(
+    st.integers(0, 6), st.none() | st.just(9), st.integers(0, 2), st.integers(0, 2), st.frozensets(GENERATIONS), WORN
+)
+def test_whatever_is_to_be_done_it_comes_to_rest_before_anything_else_happens(
+    size: int, trial: int | None, surge: int, unavailable: int, can_spawn: frozenset[int], children: list[Record]
+) -> None:
+    """Nobody is forked and retired in turn, as long as one asks."""
+    wanted = Wanted(
+        size,
+        trial=trial,
+        max_surge=surge,
+        max_unavailable=max(unavailable, not surge),
+        can_spawn=can_spawn | ({9} if 4 in can_spawn else set()),
+    )
+    pool, turns = {child.slot: child for child in children}, 0
+    while found := steps(200.0, wanted, *pool.values()):
+        for step in found:
+            take(step, 200.0, pool, Random(0))
+        turns += 1
+        assert turns < 10, (wanted, pool)
+
+
+def test_who_is_tried_comes_before_the_replacement_of_those_who_are_worn() -> None:
+    """Or else the one forked for that has to leave for the one on trial, another is forked for that, and so on."""
+    wanted = Wanted(3, trial=2, can_spawn=frozenset({1, 2}))
+    worn = [Record(0, State.READY, worn="max_requests"), Record(1, State.READY, worn="max_requests")]
+    fresh, booting = Record(2, State.READY), Record(3, State.BOOTING)
+    assert steps(100, wanted, *worn, fresh, booting) == [Retire(booting), Spawn(4, 2)]
+    assert steps(100, wanted, *worn, fresh, Record(4, State.BOOTING, generation=2)) == []
+
+
+def test_nobody_makes_room_for_one_on_trial_that_there_is_nothing_to_fork_from() -> None:
+    old = [Record(0, State.READY), Record(1, State.READY), Record(2, State.BOOTING)]
+    assert steps(100, Wanted(3, trial=2, max_surge=0, max_unavailable=1), *old) == []

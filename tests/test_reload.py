@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import Serve
-from tests.daemon import DEADLINE, eventually
-from tests.site import Site, Talk, free_port, kill, udp
+from tests.daemon import DEADLINE, eventually, kill
+from tests.site import Site, Talk, free_port, udp
 
 METRICS = 'metrics = "tcp://127.0.0.1:0"'
+ONE = 'max_children = 1\nprobation = "0s"'
 TWO = 'max_children = 2\nprobation = "0s"'
 TRIED = 'max_children = 2\nprobation = "60s"\nprobation_requests = 5'
 
@@ -184,6 +185,7 @@ def test_a_boot_timeout_that_is_longer_holds_for_the_worker_on_probation(site: S
 
 def test_settings_with_faults_are_refused_with_every_fault_and_nothing_has_changed(site: Site) -> None:
     site.start(TWO, METRICS)
+    eventually(lambda: len(site.daemon.family()) == 5, "two molds, three workers, and nobody any more in the middle")
     before = site.daemon.family()
     site.settings('max_children = 0\nprobbation = "0s"\nboot_timeout = "x"')
     assert "phase=settings" in site.reload("refused")
@@ -447,7 +449,7 @@ def test_the_next_reload_begins_at_once(site: Site) -> None:
     site.ended()
     lines = [line for line in site.daemon.log.lines if line.startswith(("reload_done gen=2", "reload_started gen=3"))]
     done, started = (float(line.rpartition(":")[2].removesuffix("Z")) for line in lines)
-    assert (started - done) % 60 < 0.5
+    assert (started - done) % 60 < 2
 
 
 def test_a_reload_while_it_boots_begins_when_it_is_ready(site: Site) -> None:
@@ -626,7 +628,7 @@ def test_a_limit_that_is_lowered_while_we_run_is_no_end_of_reloads(site: Site) -
 
 def test_services_come_and_go_and_come_again_while_their_old_workers_drain(site: Site) -> None:
     port = free_port()
-    second = f'\n[services.second]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:{port}"]\nmax_children = 1'
+    second = f'\n[services.second]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:{port}"]\n{ONE}'
     site.start(TWO, METRICS)
     for _ in range(2):
         site.settings(TWO + second, METRICS)
@@ -716,10 +718,9 @@ def test_listeners_that_cannot_be_are_refused_and_the_master_survives_them(site:
 
 def test_a_datagram_that_is_being_answered_is_answered_although_its_listener_goes(site: Site) -> None:
     os.mkfifo(site.directory / "gate")
-    text = 'max_children = 1\nprobation = "0s"'
 
     def settle(port: int) -> None:
-        site.settings(text, listen=f"udp://127.0.0.1:{port}")
+        site.settings(ONE, listen=f"udp://127.0.0.1:{port}")
         path = site.directory / "preforkd.toml"
         path.write_text(path.read_text().replace("Handler", "Datagram"))
 
@@ -751,15 +752,13 @@ def test_a_longer_queue_takes_effect(site: Site) -> None:
 
 
 def test_where_any_port_will_do_every_service_keeps_its_own(site: Site) -> None:
-    any_port = (
-        '\n[services.{}]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:0"]\nmax_children = 1\nprobation = "0s"'
-    )
+    any_port = f'\n[services.{{}}]\ntarget = "app.py:Handler"\nlisten = ["tcp://127.0.0.1:0"]\n{ONE}'
     site.start(TWO + any_port.format("second"), METRICS)
     ports = [site.daemon.address(name)[1] for name in ("app", "second", "metrics")]
-    site.settings(f"{any_port.format('zeroth')}{any_port.format('second')}", METRICS, name="app")
+    site.settings(ONE + any_port.format("zeroth") + any_port.format("second"), METRICS, name="app")
     site.reload()
     assert not site.daemon.log.matches("^closed")
-    site.settings("", METRICS, name="second")
+    site.settings(ONE, METRICS, name="second")
     site.reload()
     assert [is_open(port) for port in ports] == [False, True, True]
 

@@ -33,9 +33,10 @@ from preforkd_workers.scoreboard import Scoreboard
 from tests.machine import Machine, Worker
 
 WANTED = st.builds(
-    lambda size, budget, probation, graceful: Wanted(
+    lambda size, spare, budget, probation, graceful: Wanted(
         target="app:Handler",
         max_children=size,
+        max_spare=min(spare, size),
         max_surge=budget[0],
         max_unavailable=budget[1],
         probation=probation,
@@ -43,6 +44,7 @@ WANTED = st.builds(
         graceful_timeout=graceful,
     ),
     st.integers(1, 5),
+    st.sampled_from([0, 0, 1, 3]),
     st.sampled_from([(1, 0), (0, 1), (2, 1), (3, 0), (0, 9)]),
     st.sampled_from([0.0, 5.0]),
     st.sampled_from([1.0, 30.0]),
@@ -123,6 +125,8 @@ class Reloads(RuleBasedStateMachine):
             assert (service.next, service.trial) == (None, None)
             assert service.current is None or service.pool.timeouts == service.current.timeouts
             assert self.is_stopping or service.pool.wanted.generation == current[service.name]
+            assert service.current is None or service.breathing.bounds == service.current.bounds
+            assert service.pool.size == (0 if service.is_drained else service.breathing.breath.size)
             assert service.pool.wanted.trial is None or self.is_stopping
         self.reload = None
 
@@ -198,6 +202,13 @@ class Reloads(RuleBasedStateMachine):
             workers[which % len(workers)].serve(requests, int(requests * share))
             self.settle()
 
+    @rule(which=st.integers(0, 99))
+    def a_worker_is_worn(self, which: int) -> None:
+        children = [child for service in self.roster for child in service.pool.children.values()]
+        if ready := [child for child in children if child.state is State.READY]:
+            ready[which % len(ready)].worn = "max_requests"
+            self.settle()
+
     @rule(seconds=st.sampled_from([0.0, 0.5, 2.0, 5.0]))
     def time_passes(self, seconds: float) -> None:
         self.machine.now += seconds
@@ -217,7 +228,15 @@ class Reloads(RuleBasedStateMachine):
     @rule(by=st.sampled_from([-1, 1]))
     def an_operator_scales(self, by: int) -> None:
         for service in self.roster.targets:
-            service.pool.resize(max(1, service.pool.size + by))
+            service.scale(by=by)
+        self.settle()
+
+    @precondition(lambda self: not self.is_stopping)
+    @rule()
+    def an_operator_drains_or_refills(self) -> None:
+        is_drained = any(service.is_drained for service in self.roster.targets)
+        for service in self.roster.targets:
+            service.breathing.refill() if is_drained else service.breathing.drain()
         self.settle()
 
     @precondition(lambda self: not self.is_stopping)
@@ -303,7 +322,8 @@ class Reloads(RuleBasedStateMachine):
         molds = len(self.machine.molds) == len(self.roster.services)
         full = all(service.pool.is_full for service in self.roster.services.values())
         nobody_else = sum(service.pool.size for service in self.roster) == len(self.machine.workers)
-        return self.reload is None and self.wanted_next is None and molds and full and nobody_else
+        is_quiet = self.reload is None and self.wanted_next is None and not self.machine.dead
+        return is_quiet and molds and full and nobody_else
 
     def teardown(self) -> None:
         try:

@@ -41,8 +41,13 @@ def echo(file: Path, toml: str, environment: dict[str, str] | None = None, pairs
         ("max_children = true", "max_children: a whole number, not true"),
         ('max_children = "4"', "max_children: a whole number, not '4'"),
         ("max_childern = 4", "max_childern: unknown setting 'max_childern'; did you mean max_children?"),
+        ("max_spare = 2\nmin_spare = 3", "min_spare: at most max_spare, which is 2, not 3"),
+        ("max_spare = 5", "max_spare: at most what max_children can have idle, 4, not 5"),
+        ("max_spare = 2\nstart_children = 5", "start_children: at most max_children, which is 4, not 5"),
+        ("start_children = 2", "start_children: 2 of a fixed number; max_spare makes the pool elastic"),
+        ("min_spare = 2", "min_spare: 2 spare of a fixed number; max_spare makes the pool elastic"),
         ("sizzle = 4", "sizzle: unknown setting 'sizzle'"),
-        ('kind = "coroutine"', "kind: one of process, not 'coroutine'"),
+        ('kind = "coroutine"', "kind: one of gevent, process, thread, not 'coroutine'"),
         ("preload = 1", "preload: true or false, not 1"),
         ("handler = 3", "handler: a string, not 3"),
         ("graceful_timeout = -1", "graceful_timeout: at least 0, not -1"),
@@ -51,7 +56,7 @@ def echo(file: Path, toml: str, environment: dict[str, str] | None = None, pairs
         ("graceful_timeout = nan", 'graceful_timeout: a number or text such as "30s" or "2m", not nan'),
         ('graceful_timeout = "30x"', 'graceful_timeout: a number or text such as "30s" or "2m", not \'30x\''),
         ('graceful_timeout = "1.2.3s"', 'graceful_timeout: a number or text such as "30s" or "2m", not \'1.2.3s\''),
-        ('max_packet_size = "2M"', "max_packet_size: at most 1048576, not '2M'"),
+        ('max_packet_size = "2M"', "max_packet_size: at most 1M, not '2M'"),
         ('max_packet_size = "9Q"', 'max_packet_size: a whole number or text such as "64K" or "512M", not \'9Q\''),
     ],
 )
@@ -94,6 +99,14 @@ def test_a_wrong_setting_of_a_service_is_named_with_what_is_wanted(file: Path, s
                 "services.echo.listen: fd:3 is taken by echo already",
             ],
         ),
+        (
+            LISTENING + "threads = 8",
+            ["services.echo.threads: is for another kind of worker; set kind = thread as well"],
+        ),
+        (
+            LISTENING + 'kind = "thread"\nthreads = 1000\nmax_children = 200',
+            ["services: 200000 lanes of all workers; want at most 131072, threads or greenlets"],
+        ),
     ],
 )
 def test_what_is_wrong_as_a_whole_is_said_once(file: Path, toml: str, faults: list[str]) -> None:
@@ -129,6 +142,12 @@ def test_every_fault_is_said_and_not_only_the_first(file: Path) -> None:
         ("tcp://[::1:1", "Invalid IPv6 URL"),
         ("tcp://[::]:1?v6only=2", "v6only is 0 or 1"),
         ("tcp://[::]:1?v6onli=1", "unknown option 'v6onli'; did you mean v6only?"),
+        ("tcp://239.1.2.3:1?interface=lo", "unknown option 'interface'"),
+        ("udp://239.1.2.3:1?interfaces=lo", "unknown option 'interfaces'; did you mean interface?"),
+        ("udp://239.1.2.3:1?interface=", "interface is a name or an address, such as eth0"),
+        ("udp://127.0.0.1:1?interface=lo", "interface is for a multicast group, such as udp://239.1.2.3:5000"),
+        ("udp://239.1.2.3:1?interface=fe80::1", "interface is an address of IPv6, but the group is of IPv4"),
+        ("udp://[ff02::1]:1", "a group of this scope needs an interface, such as ?interface=eth0"),
         ("unix:", "want unix:/run/x.sock"),
         ("unix://run/x", "want unix:/run/x.sock"),
         ("unix:/run/\\u0000x", "want unix:/run/x.sock"),
@@ -171,8 +190,10 @@ def test_a_size_is_a_number_of_bytes_or_has_a_unit(file: Path, raw: str, size: i
 
 
 def test_the_units_reach_from_kibibytes_to_tebibytes() -> None:
-    scale = SERVICE["max_packet_size"]._scale
-    assert [scale(text) for text in ("512M", "2G", "1T", "7B")] == [512 << 20, 2 << 30, 1 << 40, "7B"]
+    sizes = [SERVICE["max_rss"].convert(text, is_text=False) for text in ("512M", "2G", "1T")]
+    assert sizes == [512 << 20, 2 << 30, 1 << 40]
+    with pytest.raises(ValueError, match="7B"):
+        SERVICE["max_rss"].convert("7B", is_text=False)
 
 
 def test_defaults_yield_to_the_file_the_environment_and_the_command_line_in_this_order(file: Path) -> None:
@@ -244,9 +265,10 @@ def test_a_file_that_cannot_be_read_is_a_fault_that_names_it(file: Path) -> None
 
 
 def test_every_setting_is_in_the_reference_with_its_help_default_and_bounds() -> None:
-    rows = reference().splitlines()[2:]
-    keys = [f"`{key}`" for key in DAEMON] + [f"services.*NAME*.`{key}`" for key in SERVICE]
+    rows = [row for row in reference().splitlines() if row.startswith("| `")]
+    keys = [f"`{key}`" for key in [*DAEMON, *SERVICE]]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == keys
     assert all(setting.help for setting in [*DAEMON.values(), *SERVICE.values()])
-    assert "| services.*NAME*.`max_children` | 4 workers | 1 … 4096 workers | workers |" in rows
-    assert any("`max_packet_size` | 0 bytes | 0 … 1048576 bytes |" in row for row in rows)
+    size = "| `max_children` | 4 workers | 1 … 4096 | workers; with `max_spare`, at most |"
+    assert size in rows
+    assert any("`max_packet_size` | 0 bytes | 0 … 1M |" in row for row in rows)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import preforkd.pool
+import preforkd
+from preforkd.stacks import is_plumbing
 from tests.conftest import Serve
 from tests.daemon import Conversation, Daemon, eventually
 
@@ -298,9 +299,9 @@ def test_strangers_that_were_reparented_to_the_master_are_reaped(serve: Serve) -
 
 
 def test_a_stack_hides_our_own_frames_and_no_others() -> None:
-    ours = os.path.dirname(preforkd.pool.__file__)
-    assert preforkd.pool.is_plumbing(f'  File "{ours}/master.py", line 1 in serve_forever')
-    assert not preforkd.pool.is_plumbing('  File "/srv/preforkd/app.py", line 1 in handle')
+    ours = os.path.dirname(preforkd.__file__)
+    assert is_plumbing(f'  File "{ours}/master.py", line 1 in serve_forever')
+    assert not is_plumbing('  File "/srv/preforkd/app.py", line 1 in handle')
 
 
 @pytest.mark.parametrize("target", [":Obey", Path(__file__).with_name("loops.py")])

@@ -27,16 +27,17 @@ import part
 GENERATION = {generation}
 
 
-def answer(serial):
-    return b"%d %d %d %d\\n" % (GENERATION, int(serial), part.GENERATION, os.getpid())
+def answer(serial, last=False):
+    return b"%d %d %d %d%s\\n" % (GENERATION, int(serial), part.GENERATION, os.getpid(), b" last" if last else b"")
 
 
 class StreamHandler(StreamRequestHandler):
     def handle(self):
         for line in self.rfile:
             word, serial = line.split()
-            self.wfile.write(answer(serial))
-            if word == b"visit" or (word == b"talk" and self.server.draining):
+            last = word == b"visit" or (word == b"talk" and self.server.draining)
+            self.wfile.write(answer(serial, last))
+            if last:
                 break
 
 

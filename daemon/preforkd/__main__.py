@@ -3,6 +3,7 @@
 A signal that comes while the program is still loading is answered when the loop runs, instead of killing it.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -17,8 +18,10 @@ def main() -> None:
     """Run the command line and exit with its status."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     _open_standard_streams()
+    gc.disable()  # nothing of what is loaded is garbage
     from preforkd import cli
 
+    gc.enable()
     sys.exit(cli.main(sys.argv[1:]))
 
 

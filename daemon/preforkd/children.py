@@ -3,52 +3,70 @@
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from time import monotonic
 
+from msgspec import Struct, field
+
 from preforkd.plan import State
-from preforkd_workers.scoreboard import ERRORS, ended, is_busy
+from preforkd.wear import ENDLESS, Endurance, Weight
+from preforkd_workers.scoreboard import ERRORS, SINCE, Rows
+from preforkd_workers.spec import UNLIMITED, Limits
 
 
-@dataclass(eq=False)
-class Child:
+class Child(Struct, eq=False):
     """A worker, from the moment that it is asked for until it has been reaped. Times are monotonic, in seconds."""
 
     serial: int  # tells it from others that the mold was asked for
     slot: int
     generation: int
-    row_at: int  # where its row of the scoreboard begins
-    row: memoryview
+    rows_at: int  # where its rows of the scoreboard begin
+    rows: Rows
     lifeline: socket.socket  # our end of it
+    limits: Limits = UNLIMITED  # of its generation
+    endurance: Endurance = ENDLESS  # what it may come to
+    urls: Sequence[str] = ()  # of what it listens on
     pid: int | None = None  # unknown until the mold has told, or the worker itself
     pidfd: int = -1
     state: State = State.BOOTING
     since: float = field(default_factory=monotonic)
     born: float = field(default_factory=monotonic)
-    cause: str | None = None  # why it was told to go, if it was killed
+    weight: Weight = Weight()
+    worn: str | None = None  # why it is to be replaced
+    retires_first: bool = False  # and only then, for there is no memory for both
+    reason: str = "drained"  # why it leaves, if it does so in peace
+    cause: str | None = None  # why it was killed, if we did it
     failure: list[str] | None = None  # what it said of why it could not boot
     is_leaving: bool = False  # it has been told to drain by somebody else
+    must_look: bool = False  # at what was changed before anybody knew its pid
     was_cut: bool = False  # what it held has been ended for it
     is_mute: bool = False  # its end of the lifeline is closed
     unfinished_line: bytes = b""  # of what it says
+    ended_before: int = 0  # in its rows by who had its slot before
+    errors_before: int = 0
 
     def __post_init__(self) -> None:
-        self.ended_before, self.errors_before = ended(self.row), int(self.row[ERRORS])
+        self.ended_before, self.errors_before = self.rows.ended, self.rows.total(ERRORS)
+
+    @property
+    def lanes(self) -> int:
+        return len(self.rows)
 
     @property
     def busy(self) -> bool:
-        return is_busy(self.row)
+        """Whether any of its lanes holds a request."""
+        return any(self.rows.column(SINCE))
 
     @property
     def requests(self) -> int:
         """Requests that this worker has seen through, unlike its predecessors in the slot."""
-        return ended(self.row) - self.ended_before
+        return self.rows.ended - self.ended_before
 
     @property
     def errors(self) -> int:
         """How many of them have raised."""
-        return int(self.row[ERRORS]) - self.errors_before
+        return self.rows.total(ERRORS) - self.errors_before
 
     def enter(self, state: State) -> None:
         self.state, self.since = state, monotonic()

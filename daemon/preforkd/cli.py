@@ -1,7 +1,8 @@
-"""The command line: ``preforkd serve``, ``check`` and ``settings``."""
+"""The command line: ``preforkd serve``, ``check``, ``settings``, ``deploy`` and ``supervisor``."""
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,26 +12,56 @@ from preforkd.exits import Exit
 from preforkd.sources import EXPORTER, Checked, Faults, Value, check, from_environment, from_file, from_pairs
 from preforkd.upgrade import PROOF, Handed
 from preforkd.wakeup import release
+from preforkd_workers.spec import MODULE, is_script
 
 SAMPLE_TARGET = "preforkd_workers.samples:Upper"
 SAMPLE_LISTEN = "tcp://127.0.0.1:9999"
 SAMPLE_METRICS = "tcp://127.0.0.1:9109"
 
+# The settings that have an option of their own: its value, and its help.
+FLAGS = {
+    "handler": ("NAME", "the handler of a server class"),
+    "kind": ("KIND", "kind of worker: process, thread or gevent"),
+    "threads": ("N", "of each worker of kind thread"),
+    "greenlets": ("N", "of each worker of kind gevent"),
+    "max_children": ("N", "workers of each service"),
+    "metrics": ("URL", "serve Prometheus metrics there"),
+    "control": ("PATH", "path of the control socket"),
+    "ready_fd": ("N", "write a newline to this descriptor when ready"),
+}
+
+
+def flag_of(key: str) -> str:
+    """The option of a setting."""
+    return f"--{key.replace('_', '-')}"
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
+    if arguments[:1] == ["supervisor"]:
+        from preforkd.supervisor import listener
+
+        return listener.main(arguments[1:])
     handed = Handed.take(os.environ)
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    parser = _parser(for_deploy=arguments[:1] == ["deploy"])
+    ours, theirs = split(arguments)
+    options = parser.parse_args(ours)
     if options.command == "settings":
-        print(settings.reference())  # noqa: T201 - what the command is for
-        return Exit.STOPPED
+        return _show(settings.reference())
+    if options.module is not None and options.target:
+        parser.error("give either TARGET or -m MODULE")
+    options.target = options.target if options.module is None else f"{MODULE}{options.module}"
+    options.args = theirs
     if options.config is not None and (options.target or options.listen):
         parser.error("-c FILE names targets and addresses: give either it, or TARGET and --listen")
     if options.command == "serve" and handed is not None:
         from preforkd.serve import resume
 
         return resume(handed, lambda: _checked(options), _watched(options))
+    if options.command == "deploy":
+        from preforkd.deploy.command import deploy
+
+        return deploy(options, lambda: _checked(options))
     try:
         checked = _checked(options)
     except Faults as faults:
@@ -53,6 +84,15 @@ def main(arguments: Sequence[str]) -> int:
     if not (options.target or options.config):
         log.event("sample", target=SAMPLE_TARGET, advice="for your own: preforkd serve TARGET --listen URL")
     return serve(checked, lambda: _checked(options), _watched(options))
+
+
+def _show(text: str) -> Exit:
+    try:
+        print(text, flush=True)  # noqa: T201 - what the command is for
+    except BrokenPipeError:  # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return Exit.SYSTEM
+    return Exit.STOPPED
 
 
 def _check(checked: Checked) -> Exit:
@@ -81,36 +121,66 @@ def _watched(options: argparse.Namespace) -> list[str] | None:
     return [options.config] * bool(options.config) if options.dev else None
 
 
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our part of a command line, and the arguments of the script: all that comes after its name, or after ``--``."""
+    rest = iter(enumerate(arguments[1:], 1))
+    for at, word in rest:
+        if word.startswith("-m") or (not word.startswith("-") and is_script(word)):
+            end = at + 1 + (word == "-m")
+            theirs = [*arguments[end:]]
+            return [*arguments[:end]], theirs[1:] if theirs[:1] == ["--"] else theirs
+        if _takes_next(word):
+            next(rest, None)
+    return [*arguments], []
+
+
+def _takes_next(word: str) -> bool:
+    """Whether the next word of the command line is the value of this one."""
+    if word.startswith("--"):
+        return "=" not in word and not any(flag.startswith(word) for flag in ("--dev", "--help", "--force"))
+    return word == "-c"
+
+
 def _complain(lines: Sequence[str]) -> None:
     for line in lines:
         print(f"preforkd: {line}", file=sys.stderr)  # noqa: T201 - the log is not open yet
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, for_deploy: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="preforkd", description="Run a socketserver handler, unmodified, as a production daemon."
     )
     parser.add_argument("--version", action="version", version=f"preforkd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="serve|check|settings")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="serve|check|settings|deploy|supervisor")
     serve = commands.add_parser("serve", help="run the services in the foreground, until a signal stops them")
     serve.add_argument("--dev", action="store_true", help="reload when a source of the target is saved")
     checked = commands.add_parser("check", help="check the settings and import the targets, but serve nothing")
     checked.add_argument("--dev", action="store_true", help=argparse.SUPPRESS)  # from a daemon in dev mode
     checked.add_argument("--state-fd", type=int, help=argparse.SUPPRESS)  # from a daemon that wants to upgrade
     commands.add_parser("settings", help="print the reference of all settings")
-    for command in (serve, checked):
-        _add_options(command)
+    commands.add_parser("supervisor", help="listener: what stands beside supervisord")  # dispatched before we are asked
+    files = commands.add_parser("deploy", help="print the files for systemd, supervisord or Prometheus, or write them")
+    fitted = []
+    if for_deploy:
+        from preforkd.deploy.command import add_commands
+
+        fitted = add_commands(files)
+    for command in (serve, checked, *fitted):
+        command.usage = "%(prog)s [OPTION ...] [TARGET | SCRIPT [ARG ...] | -m MODULE [-- ARG ...] | -c FILE]"
+        _add_options(command, "files as they are shipped" if command in fitted else "a sample")
     return parser
 
 
-def _add_options(command: argparse.ArgumentParser) -> None:
+def _add_options(command: argparse.ArgumentParser, without: str) -> None:
     add = command.add_argument
     add(
         "target",
         nargs="?",
         metavar="TARGET",
-        help="module:name or path/to/file.py:name; without it and without -c, a sample",
+        help="module:name or path/to/file.py:name; or a script, path/to/file.py, and then its arguments; "
+        f"without it and without -c, {without}",
     )
+    add("-m", dest="module", metavar="MODULE", help="a module to run, as python -m does, and then its arguments")
     add("-c", "--config", metavar="FILE", help="settings in TOML, instead of TARGET")
     add(
         "--listen",
@@ -119,12 +189,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         default=[],
         help="tcp://, udp://, unix:, unix-dgram: or fd: (repeatable)",
     )
-    add("--handler", metavar="NAME", help="the handler of a server class")
-    add("--kind", metavar="KIND", help="kind of worker")
-    add("--max-children", metavar="N", help="workers of each service")
-    add("--metrics", metavar="URL", help="serve Prometheus metrics there")
-    add("--control", metavar="PATH", help="path of the control socket")
-    add("--ready-fd", metavar="N", help="write a newline to this descriptor when ready")
+    for key, (metavar, help_text) in FLAGS.items():
+        add(flag_of(key), metavar=metavar, help=help_text)
     add("--set", action="append", metavar="KEY=VALUE", default=[], dest="pairs", help="any other setting (repeatable)")
 
 
@@ -139,14 +205,15 @@ def _checked(options: argparse.Namespace) -> Checked:
         target = options.target or SAMPLE_TARGET
         name = service_name(target)
         values, own = [Value("TARGET", name, "target", target)], []
+        if options.args:
+            values.append(Value("TARGET", name, "args", options.args))
         listen = options.listen or ([] if options.target else [SAMPLE_LISTEN])
         if listen:
             own.append(Value("--listen", name, "listen", listen))
         if not options.target:
             values.append(Value("metrics", None, "metrics", SAMPLE_METRICS))
-    flags = ("handler", "kind", "max_children", "metrics", "control", "ready_fd")
-    given = [(flag, getattr(options, flag)) for flag in flags if getattr(options, flag) is not None]
-    own += [Value(f"--{flag.replace('_', '-')}", None, flag, raw, is_text=True) for flag, raw in given]
+    given = [(key, getattr(options, key)) for key in FLAGS if getattr(options, key) is not None]
+    own += [Value(flag_of(key), None, key, raw, is_text=True) for key, raw in given]
     try:
         own += from_pairs(options.pairs)
     except Faults as wrong:
@@ -158,5 +225,9 @@ def _checked(options: argparse.Namespace) -> Checked:
 
 def service_name(target: str) -> str:
     """What a service given on the command line is called: after its target."""
+    if is_script(target):
+        file = os.path.basename(target.removeprefix(MODULE)).removesuffix(".py")
+        name = re.sub(r"[^\w.@:-]", "_", file)
+        return f"{name}.py" if name == EXPORTER else name
     name = target.rpartition(":")[2] or target
     return target if name == EXPORTER else name

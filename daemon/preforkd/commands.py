@@ -1,18 +1,19 @@
-"""The commands of the control socket, declared once. README's table, preforkctl and its completion are made from here.
+"""The commands of the control socket, declared once. The table in docs/operating.md, preforkctl and its
+completion are made from here.
 
 Each is a function of the master and the request, and never waits: what takes time is answered later.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from preforkd import log
+from preforkd.command import WAIT, Argument, Command
+from preforkd.levels import DEFAULT, LEVELS, OWN
 from preforkd.plan import KILL_TIMEOUT, Haste, State
-from preforkd_workers.protocol import STACKS
 
 if TYPE_CHECKING:
     from preforkd.children import Child
@@ -21,80 +22,14 @@ if TYPE_CHECKING:
     from preforkd.renewals import Outcome, Tell
     from preforkd.service import Service
 
+    Worker = tuple[Service, Child]
+
 # For all stacks to arrive, and how long the workers must have been quiet to have said all; seconds.
 STACKS_TIMEOUT = 2.0
 QUIET = 0.2
 
 # For the last worker to be buried when it should have been killed already; seconds.
 BURIAL = 5.0
-
-
-@dataclass(frozen=True)
-class Argument:
-    """What a command may be given: a key of the request, and a word or a flag of preforkctl."""
-
-    name: str
-    type: type
-    help: str
-    is_required: bool = False
-    bounds: tuple[int, int] | None = None
-    flags: tuple[str, ...] = ()  # of preforkctl, which turn the default over; none: a word
-    default: object = None
-
-    def checked(self, value: object) -> Any:
-        """The value, if it is one. Raises ValueError with what is wanted instead."""
-        if type(value) is not self.type:
-            raise ValueError(f"{self.name}: want {_KINDS[self.type]}, not {value!r}")
-        if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:  # type: ignore[operator]
-            raise ValueError(f"{self.name}: want {self.bounds[0]} to {self.bounds[1]}, not {value}")
-        return value
-
-    @property
-    def usage(self) -> str:
-        word = self.flags[-1] if self.flags else self.name.upper()
-        return word if self.is_required else f"[{word}]"
-
-
-_KINDS = {str: "text", int: "a whole number", bool: "true or false"}
-
-SERVICE = Argument("service", str, "its name", is_required=True)
-SLOT = Argument("slot", str, "a worker, as service#3; or 3, where there is one service", is_required=True)
-WAIT = Argument("wait", bool, "do not wait for the outcome", flags=("--no-wait",), default=True)
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: what it is called, takes and does."""
-
-    name: str
-    help: str
-    act: "Callable[[Master, Request], None]"
-    arguments: tuple[Argument, ...] = ()
-    changes: bool = False  # it is logged, with who has asked
-
-    @property
-    def usage(self) -> str:
-        return " ".join([self.name, *(argument.usage for argument in self.arguments)])
-
-    @property
-    def takes_time(self) -> bool:
-        return WAIT in self.arguments
-
-    def checked(self, given: Mapping[str, object]) -> dict[str, Any]:
-        """All arguments with the values given, or those left out. Raises ValueError."""
-        known = {argument.name: argument for argument in self.arguments}
-        for name in given:
-            if name not in known:
-                raise ValueError(f"{self.name} takes {', '.join(known) or 'nothing'}, not {name!r}")
-        values = {}
-        for name, argument in known.items():
-            if given.get(name) is not None:
-                values[name] = argument.checked(given[name])
-            elif argument.is_required:
-                raise ValueError(f"{name}: required, {argument.help}")
-            else:
-                values[name] = argument.default
-        return values
 
 
 def answer(master: "Master", request: "Request") -> None:
@@ -165,8 +100,8 @@ def stacks(master: "Master", request: "Request") -> None:
 
     names = frozenset(silent)
     _follow(request, hear)
-    for _, child in asked:
-        child.send(STACKS)
+    for service, child in asked:
+        service.pool.ask_for_stacks(child)
     return request.wait(_nothing, latest if names else 0.0, lambda: request.reply(silent=sorted(silent)))
 
 
@@ -219,38 +154,61 @@ def outcome(master: "Master", request: "Request") -> None:
 
 def scale(master: "Master", request: "Request") -> None:
     name, workers = request.arguments["service"], request.arguments["workers"]
-    service = next((each for each in master.roster.targets if each.name == name), None)
-    if service is None:
-        return request.fail(_no_service(master, name))
+    services = [each for each in master.roster.targets if name in (None, each.name)]
+    if len(services) != 1:
+        return request.fail(_no_service(master, name) if name is not None else _which_service(master))
+    (service,) = services
     if master.is_stopping or master.is_drained:
         return request.fail("the daemon is stopping" if master.is_stopping else "the workers are drained; refill first")
-    log.event("resized", service=name, workers=workers, before=service.pool.size)
-    service.pool.resize(workers)
+    service.scale(to=workers)
     return _answer_when_full(master, request, [service])
 
 
-def _answer_when_full(master: "Master", request: "Request", services: "list[Service]") -> None:
-    """Answer when each of these pools has as many workers as it has now been told to have."""
+def roll(master: "Master", request: "Request") -> None:
+    """From their molds: what the files say now is for ``reload``."""
+    name = request.arguments["service"]
+    services = [each for each in master.roster.targets if name in (None, each.name)]
+    if not services:
+        return request.fail(_no_service(master, name))
+    if master.is_stopping or master.is_drained:
+        return request.fail("the daemon is stopping" if master.is_stopping else "the workers are drained; refill first")
+    replaced = [(service, child) for service in services for child in service.pool.replace_all()]
+    return _answer_when_full(master, request, services, replaced)
+
+
+def _answer_when_full(
+    master: "Master", request: "Request", services: "list[Service]", replaced: "Sequence[Worker]" = ()
+) -> None:
+    """Answer when each of these pools has as many workers as it wants within the limit that it has now been given.
+
+    ``replaced``: and when none of these takes anything new. Each that leaves gets the others new patience.
+    """
     if not request.arguments["wait"]:
         return request.reply()
-    sizes = {service.name: service.pool.size for service in services}
+    limits = {service.name: service.breathing.bounds.most for service in services}
     patience = max(service.newest.settings.boot_timeout for service in services)
-    troubles = _Troubles(sizes)
+    troubles = _Troubles(limits)
     _follow(request, troubles.hear)
+    left = [*replaced]
 
     def look() -> None:
+        if gone := [each for each in left if not each[0].pool.may_accept(each[1])]:
+            left[:] = [each for each in left if each not in gone]
+            request.until = monotonic() + patience
         if master.is_stopping:
             request.fail("the daemon is stopping")
-        elif any(service.pool.size != sizes[service.name] for service in services):
+        elif any(service.is_drained or service.breathing.bounds.most != limits[service.name] for service in services):
             request.fail("meanwhile somebody else has asked for another size")
         elif troubles.failure:
             request.fail(troubles.failure.rstrip())
-        elif all(service.pool.is_full for service in services):
+        elif not left and all(service.pool.is_full for service in services):
+            sizes = {service.name: service.pool.size for service in services}
             request.reply(workers=sizes, draining=sum(map(_leaving, services)))
 
     def give_up() -> None:
         lacking = [service for service in services if not service.pool.is_full]
-        counts = ", ".join(f"{each.name} has {_ready(each)} of {sizes[each.name]} workers" for each in lacking)
+        counts = ", ".join(f"{each.name} has {_ready(each)} of {each.pool.size} workers" for each in lacking)
+        counts = counts or f"{len(left)} workers are still to be replaced"
         reason = f" ({troubles.reason})" if troubles.reason else ""
         request.fail(f"after {patience:g} s {counts}{reason}; it goes on trying")
 
@@ -324,6 +282,22 @@ def stop(master: "Master", request: "Request") -> None:
     return request.tell("stopping")
 
 
+def log_level(master: "Master", request: "Request") -> None:
+    levels, logger, level = master.roster.levels, request.arguments["logger"], request.arguments["level"]
+    if level is not None:
+        before = levels.in_effect.get(logger)
+        try:
+            levels.choose(logger, level)
+        except ValueError as fault:
+            return request.fail(f"level: {fault}")
+        now = levels.in_effect.get(logger)
+        log.event("log_level", logger=logger, now=now or DEFAULT, before=before or DEFAULT, uid=request.peer.uid)
+        master.roster.tell_levels()
+    names = dict.fromkeys([OWN, *sorted(levels.in_effect)]) if logger is None else [logger]
+    told = {name: {"level": levels.in_effect.get(name), "settings": levels.declared.get(name)} for name in names}
+    return request.reply(levels=told)
+
+
 def kill(master: "Master", request: "Request") -> None:
     try:
         service, child = _worker(master, request.arguments["slot"])
@@ -343,19 +317,19 @@ def kill(master: "Master", request: "Request") -> None:
 # Whom is meant.
 
 
-def _workers(master: "Master") -> "Iterator[tuple[Service, Child]]":
+def _workers(master: "Master") -> "Iterator[Worker]":
     for service in master.roster:
         for slot in sorted(service.pool.children):
             yield service, service.pool.children[slot]
 
 
-def _worker(master: "Master", slot: str) -> "tuple[Service, Child]":
+def _worker(master: "Master", slot: str) -> "Worker":
     """The worker that is called so. Raises LookupError with what there is instead."""
     name, mark, number = slot.rpartition("#")
     if not mark and len(master.roster.targets) == 1:
         name = master.roster.targets[0].name
     if not name or not number.isdecimal():
-        raise LookupError(f"slot: want {SLOT.help}, not {slot!r}")
+        raise LookupError(f"slot: want {_SLOT.help}, not {slot!r}")
     services = [each for each in master.roster if each.name == name]
     if not services:
         raise LookupError(_no_service(master, name))
@@ -366,22 +340,32 @@ def _worker(master: "Master", slot: str) -> "tuple[Service, Child]":
     return services[0], child
 
 
+def _which_service(master: "Master") -> str:
+    return f"service: which? There are {', '.join(each.name for each in master.roster.targets)}"
+
+
 def _no_service(master: "Master", name: str) -> str:
     return f"no service {name!r}; there are {', '.join(each.name for each in master.roster.targets)}"
 
 
+_SLOT = Argument("slot", str, "a worker, as service#3; or 3, where there is one service", is_required=True)
 _NOW = Argument("now", bool, "kill the workers that hold requests", flags=("--now",), default=False)
 _FOLLOW = Argument("follow", bool, "go on with those to come", flags=("-f", "--follow"), default=False)
 _WORKERS = Argument("workers", int, "how many", is_required=True, bounds=(1, 4096))
 _PYTHON = Argument("python", str, "the absolute path of another interpreter")
+_SERVICE = Argument("service", str, "its name; may be left out where there is one")
+_INTERVAL = Argument("interval", int, "seconds between two screens; 2", bounds=(1, 3600))
 _ANY_SERVICE = Argument("service", str, "this one only")
-_ANY_SLOT = Argument("slot", str, SLOT.help)
+_ANY_SLOT = Argument("slot", str, _SLOT.help)
+_LOGGER = Argument("logger", str, "such as app.mail or root; preforkd for the daemon's own events")
+_LEVEL = Argument("level", str, f"{', '.join(LEVELS)}; or {DEFAULT}, to take it back")
 
 COMMANDS = {
     command.name: command
     for command in (
         Command("ping", "Say which daemon answers.", ping),
         Command("status", "Show services, listeners and workers.", status),
+        Command("top", "Show them again and again, with rates, the busiest first; `q` quits.", status, (_INTERVAL,)),
         Command("events", "Show what has happened of late: the last 1000 events.", events, (_FOLLOW,)),
         Command("stacks", "Show the stacks of a worker, or of all; they are in the log as well.", stacks, (_ANY_SLOT,)),
         Command(
@@ -391,18 +375,35 @@ COMMANDS = {
             "upgrade", "Run the new version of preforkd under the same pid.", upgrade, (_PYTHON, WAIT), changes=True
         ),
         Command("outcome", "Wait for a reload or upgrade that runs, and tell how the last one ended.", outcome),
-        Command("scale", "Change how many workers a service has.", scale, (SERVICE, _WORKERS, WAIT), changes=True),
+        Command(
+            "scale",
+            "Change how many workers a service has; an elastic one, at most.",
+            scale,
+            (_SERVICE, _WORKERS, WAIT),
+            changes=True,
+        ),
+        Command(
+            "roll", "Replace all workers by fresh ones of the same code.", roll, (_ANY_SERVICE, WAIT), changes=True
+        ),
         Command(
             "drain", "Have all workers finish and leave, but stay; the backlog fills.", drain, (WAIT,), changes=True
         ),
         Command("refill", "Have workers again after a drain.", refill, (WAIT,), changes=True),
-        Command("kill", "Kill a worker, with its stacks in the log; it is replaced.", kill, (SLOT, WAIT), changes=True),
+        Command(
+            "kill", "Kill a worker, with its stacks in the log; it is replaced.", kill, (_SLOT, WAIT), changes=True
+        ),
+        Command(
+            "log-level",
+            "Show the levels of loggers, or change one, in all workers and for those to come.",
+            log_level,
+            (_LOGGER, _LEVEL),
+        ),
         Command("stop", "Stop the daemon when its workers have finished.", stop, (_NOW, WAIT), changes=True),
     )
 }
 
 
 def reference() -> str:
-    """The table of commands as README shows it."""
+    """The table of commands as docs/operating.md shows it."""
     rows = [f"| `{command.usage}` | {command.help} |" for command in COMMANDS.values()]
     return "\n".join(["| command | |", "| --- | --- |", *rows])

@@ -1,6 +1,7 @@
 """Shell completion for preforkctl, written from the table of commands."""
 
-from preforkd.commands import COMMANDS, Command
+from preforkd.command import Command
+from preforkd.commands import COMMANDS
 
 
 def _flags(command: Command) -> list[str]:

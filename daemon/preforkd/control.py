@@ -13,12 +13,14 @@ import struct
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from msgspec import Struct
+
 from preforkd import log
-from preforkd.listeners import Address, Bound, ListenError, Rules, bind
+from preforkd.addresses import Address
+from preforkd.listeners import Bound, ListenError, Rules, bind
 from preforkd.runtime import address_of
 
 VERSION = 1
@@ -47,8 +49,7 @@ def listen(path: str) -> Bound:
     return Bound(made.listener, path, made.inode)
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(Struct, frozen=True):
     """The process at the other end, as it was when it connected (unix(7), SO_PEERCRED)."""
 
     pid: int

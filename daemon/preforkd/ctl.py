@@ -15,13 +15,17 @@ from time import monotonic
 from typing import Any
 
 from preforkd import __version__, log
-from preforkd.commands import COMMANDS, Argument, Command
+from preforkd.command import Argument, Command
+from preforkd.commands import COMMANDS
 from preforkd.runtime import SOCKET, address_of, directories, parents
 
 VERSION = 1  # of the protocol
 
 # For the daemon to answer what takes no time, in seconds. What takes time has its deadlines in the daemon.
 PATIENCE = 10.0
+
+# Between two screens of ``top``, in seconds.
+TOP_INTERVAL = 2.0
 
 # After an upgrade has cut the connection: for the new daemon to tell how it ended, in seconds, and how often to ask.
 UPGRADE_PATIENCE = 120.0
@@ -52,13 +56,14 @@ class Lost(Exception):
 class Connection:
     """A connection to a daemon."""
 
-    def __init__(self, path: str) -> None:
-        """Raises NoDaemon or Failed."""
+    def __init__(self, path: str, patience: float = PATIENCE) -> None:
+        """``patience``, in seconds, is for the daemon to have room for us. Raises NoDaemon or Failed."""
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # Not a time-out of Python's, with which connect fails at once when the daemon has no time to accept.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), 0))
+            timeval = struct.pack("@ll", int(patience), int(patience % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
             with address_of(path) as address:
                 self._socket.connect(address)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
@@ -78,6 +83,7 @@ class Connection:
         self._socket.close()
         if self._daemon >= 0:
             os.close(self._daemon)
+            self._daemon = -1
 
     def ask(self, do: str, arguments: Mapping[str, object], patience: float | None) -> Iterator[dict[str, Any]]:
         """What the daemon says, up to its answer; ``patience``, in seconds, is for each line of it.
@@ -254,12 +260,39 @@ def _answering(paths: Sequence[str]) -> list[Connection]:
 def _run(options: argparse.Namespace, connection: Connection) -> Exit:
     command = COMMANDS[options.command]
     arguments = {argument.name: getattr(options, argument.name) for argument in command.arguments}
+    if command.name == "top" and not options.json:
+        return _watch(connection, arguments["interval"] or TOP_INTERVAL)
     try:
         last = _converse(command, arguments, connection, options.json)
     finally:
         connection.close()
     if not last.get("ok"):
         raise Failed(str(last.get("error")))
+    return Exit.DONE
+
+
+def _watch(connection: Connection, interval: float) -> Exit:
+    """Show the status until somebody has seen enough."""
+    from preforkd import top
+
+    def status() -> dict[str, Any]:
+        nonlocal connection
+        for _ in range(UPGRADE_ATTEMPTS):
+            try:
+                (report,) = connection.ask("status", {}, PATIENCE)
+            except Lost:  # an upgrade, or the end, or we were too slow for its patience
+                connection.close()
+                connection = Connection(connection.path)
+                continue
+            if not report["ok"]:
+                raise Failed(str(report["error"]))
+            return report
+        raise Lost
+
+    try:
+        top.run(status, interval)
+    finally:
+        connection.close()
     return Exit.DONE
 
 
@@ -314,11 +347,15 @@ def _hear(command: Command, lines: Iterator[dict[str, Any]], as_json: bool) -> d
         fields = {key: value for key, value in said.items() if key not in ("v", "ok")}
         if is_answer and not said.get("ok"):
             break
-        if command.name == "status" and is_answer:
+        if command.name in ("status", "top") and is_answer:
             from preforkd import view
 
             view.add_what_the_machine_knows(fields)
             _print(json.dumps(fields) if as_json else view.table(fields, sys.stdout.isatty()))
+        elif "levels" in fields and not as_json:
+            from preforkd import view
+
+            _print(view.levels(fields["levels"], sys.stdout.isatty()))
         elif as_json:
             if fields:
                 _print(json.dumps(fields))

@@ -7,14 +7,19 @@ ours has put into the manager's store. ``Store`` is the other direction.
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from time import monotonic_ns
 from typing import Self
 from urllib.parse import quote
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from preforkd import log
-from preforkd.listeners import Address, Bound, ListenError, Rules, bind, file_of, taken_back
+from preforkd.addresses import Address
+from preforkd.deaths import Obituary, held_by
+from preforkd.listeners import Bound, ListenError, Rules, bind, file_of, taken_back
 from preforkd.notify import Manager
-from preforkd_workers.scoreboard import CAUSES, EMPTY, EXITS, KILLED, ROWS_USED, STATE, Scoreboard
+from preforkd_workers.scoreboard import CAUSES, EMPTY, EXITS, KILLED, PID, ROW_GENERATION, STATE, Scoreboard
 
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _FIRST = 3  # SD_LISTEN_FDS_START
@@ -96,8 +101,7 @@ def _keep_from_programs(number: int) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a service is to listen, and the descriptor of the listener that is there already, if there is one."""
 
     service: str
@@ -114,10 +118,6 @@ class Place:
         if self.address.scheme != "fd":  # those are whoever's who has opened them
             bound.name = listener_name(self.address.url, self.count, bound.inode if bound.path else None)
         return bound
-
-    @property
-    def is_taken_back(self) -> bool:
-        return self.descriptor is not None
 
 
 def places(addresses: Mapping[str, Sequence[Address]], inherited: Inherited, used: Collection[str] = ()) -> list[Place]:
@@ -190,11 +190,14 @@ def scoreboard(name: str, inherited: Inherited) -> Scoreboard:
 def _settle(board: Scoreboard) -> None:
     """Nobody of those who wrote it is alive: empty their rows, count what died with them, and go on counting."""
     for name, service in [*board.services.items()]:
-        for index in range(service.words[ROWS_USED]):
-            is_orphans = service.row(index)[STATE] != EMPTY
-            lost = service.settle_row(index)
+        for slot, rows in service.slots():
+            first = rows[0]
+            is_orphans, gen, pid = first[STATE] != EMPTY, first[ROW_GENERATION], first[PID]
+            held = held_by(rows, [*service.listeners()], monotonic_ns())
+            lost = rows.settle()
             service.words[KILLED] += lost
             service.words[EXITS + CAUSES.index("orphaned")] += is_orphans
             if is_orphans:
-                log.event("row_settled", service=name, slot=index, cause="orphaned", lost=lost or None)
+                death = Obituary("orphaned", None, None, lost=lost, held=held)
+                log.event("worker_exit", service=name, slot=slot, gen=gen, pid=pid, **death.fields())
         board.remove(name)  # until the settings name it again

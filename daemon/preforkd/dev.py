@@ -13,11 +13,10 @@ from importlib.util import find_spec
 from time import time_ns
 from typing import NoReturn
 
-from setproctitle import setproctitle
-
-from preforkd import limits, log, molds
+from preforkd import log, molds, nofile
 from preforkd.wakeup import held, name_of
 from preforkd_workers import imports, prctl
+from preforkd_workers.title import setproctitle
 
 MISSING = "--dev needs the library watchfiles: pip install 'preforkd[dev]'"
 
@@ -72,7 +71,7 @@ def _become_watcher(reader: int, files: Sequence[str], born: int, master: int) -
     """In the child: let go of all that is the master's, and never come back."""
     try:
         molds.close_all_but({0, 1, 2, reader})
-        limits.restore()
+        nofile.restore()
         from preforkd_workers import process  # here and not above: the master does without socketserver
 
         process.reset_signals()

@@ -1,4 +1,4 @@
-"""The exit statuses. README's table is printed from here."""
+"""The exit statuses. The table in docs/reference.md is printed from here."""
 
 from enum import IntEnum
 
@@ -23,6 +23,6 @@ MEANING = {
 
 
 def reference() -> str:
-    """The table as README shows it."""
+    """The table as the reference shows it."""
     rows = [f"| {status.value} | {meaning} |" for status, meaning in MEANING.items()]
     return "\n".join(["| status | meaning |", "| --- | --- |", *rows])

@@ -1,5 +1,6 @@
 """The exporter: Prometheus metrics and health, read from the scoreboard. A service like any other, in a worker."""
 
+import os
 import platform
 import socket
 import sys
@@ -17,8 +18,10 @@ from prometheus_client.exposition import MetricsHandler
 from prometheus_client.registry import Collector
 
 from preforkd import __version__
+from preforkd.door import REASONS
+from preforkd.merging import UserMetrics
 from preforkd.metrics import METRICS
-from preforkd.processes import Processes
+from preforkd.processes import Processes, descriptors_ratio
 from preforkd_workers.scoreboard import (
     BACKLOG,
     BACKLOG_LIMIT,
@@ -33,11 +36,16 @@ from preforkd_workers.scoreboard import (
     EXITS,
     GENERATION,
     HEARTBEAT,
+    HELD_BACK,
+    IDLED,
     KILLED,
+    LIMIT,
+    LOG_DROPPED,
     OK,
     PID,
     REAPED_CPU_NS,
     REFUSED,
+    RELOAD_FAILED,
     RELOAD_NS,
     RELOADED_AT,
     RELOADS,
@@ -48,9 +56,12 @@ from preforkd_workers.scoreboard import (
     STARTED_AT,
     STARTING,
     STATE,
+    TRUNCATED,
+    UNLOGGED,
+    UNWRITTEN,
+    Rows,
     Scoreboard,
     Service,
-    is_busy,
 )
 
 # A heartbeat older than this is a master that does not turn its loop, in seconds.
@@ -146,7 +157,9 @@ def readiness(board: Scoreboard) -> str | None:
     """Which services have no worker that is ready; None when all have one."""
     board.refresh()
     lacking = [
-        name for name, service in board.services.items() if not any(row[STATE] == SERVING for row in service.rows())
+        name
+        for name, service in board.services.items()
+        if not any(rows[0][STATE] == SERVING for _, rows in service.slots())
     ]
     return f"no worker is ready: {', '.join(lacking)}" if lacking else None
 
@@ -157,6 +170,7 @@ class ScoreboardCollector(Collector):
     def __init__(self, board: Scoreboard) -> None:
         self.board = board
         self.processes = Processes()
+        self.user_metrics = UserMetrics(board)
 
     def describe(self) -> Iterator[Metric]:
         """What would be collected; prometheus_client asks when the collector is registered."""
@@ -167,63 +181,84 @@ class ScoreboardCollector(Collector):
         add = {name: family.add_metric for name, family in families.items()}
         daemon = self.board.daemon
         self.board.refresh()
+        bad, of_users = self.user_metrics.merge()
         add["preforkd_build_info"]([__version__, platform.python_version()], 1)
         add["preforkd_start_time_seconds"]([], daemon[STARTED_AT] / 1e9)
         add["preforkd_master_heartbeat_timestamp_seconds"]([], daemon[HEARTBEAT] / 1e9)
         for index, result in enumerate(RESULTS):
             add["preforkd_reloads_total"]([result], daemon[RELOADS + index])
         add["preforkd_last_reload_success_timestamp_seconds"]([], daemon[RELOADED_AT] / 1e9)
+        add["preforkd_last_reload_successful"]([], 1 - daemon[RELOAD_FAILED])
         add["preforkd_reload_duration_seconds"]([], daemon[RELOAD_NS] / 1e9)
         for name, service in self.board.services.items():
             self._collect_service(add, name, service)
+        add["preforkd_master_open_fds_ratio"]([], descriptors_ratio(os.getppid()))
+        add["preforkd_log_dropped_lines_total"]([""], daemon[LOG_DROPPED])
+        add["preforkd_metrics_bad_files"]([], bad)
         yield from families.values()
+        yield from of_users
 
     def _collect_service(self, add: dict[str, Any], name: str, service: Service) -> None:
-        words, rows = service.words, list(service.rows())
-        live = [row for row in rows if row[STATE] != EMPTY]
+        words, blocks = service.words, [*service.blocks()]
+        live = [rows for _, rows in service.slots() if rows[0][STATE] != EMPTY]
         add["preforkd_generation"]([name], words[GENERATION])
-        add["preforkd_workers_max"]([name], words[SIZE])
+        add["preforkd_workers_max"]([name], words[LIMIT])
+        add["preforkd_workers_wanted"]([name], words[SIZE])
         for state, number in _states(live).items():
             add["preforkd_workers"]([name, state], number)
-        busy = sum(map(is_busy, live))
-        add["preforkd_pool_utilization_ratio"]([name], busy / len(live) if live else 0.0)
+        busy, lanes = sum(rows.busy for rows in live), sum(map(len, live))
+        add["preforkd_lanes"]([name, "busy"], busy)
+        add["preforkd_lanes"]([name, "idle"], lanes - busy)
+        add["preforkd_pool_utilization_ratio"]([name], busy / lanes if lanes else 0.0)
         add["preforkd_worker_spawns_total"]([name], words[SPAWNS])
+        add["preforkd_slots_held_back"]([name], words[HELD_BACK])
         for index, cause in enumerate(CAUSES):
             add["preforkd_worker_exits_total"]([name, cause], words[EXITS + index])
         for outcome, word in (("ok", OK), ("error", ERRORS), ("refused", REFUSED)):
-            add["preforkd_requests_total"]([name, outcome], sum(row[word] for row in rows))
+            add["preforkd_requests_total"]([name, outcome], _total(blocks, word))
         add["preforkd_requests_total"]([name, "killed"], words[KILLED])
-        busy_seconds = sum(row[BUSY_NS] for row in rows) / 1e9
+        add["preforkd_datagrams_truncated_total"]([name], _total(blocks, TRUNCATED))
+        for reason, word in REASONS.items():
+            add["preforkd_turned_away_total"]([name, reason], _total(blocks, word))
+        add["preforkd_idle_timeouts_total"]([name], _total(blocks, IDLED))
+        add["preforkd_access_log_dropped_lines_total"]([name], _total(blocks, UNWRITTEN))
+        add["preforkd_log_dropped_lines_total"]([name], _total(blocks, UNLOGGED))
+        busy_seconds = _total(blocks, BUSY_NS) / 1e9
         add["preforkd_busy_seconds_total"]([name], busy_seconds)
-        add["preforkd_request_duration_seconds"]([name], _buckets(rows), busy_seconds)
+        add["preforkd_request_duration_seconds"]([name], _buckets(blocks), busy_seconds)
         for url, listener in service.listeners().items():
             add["preforkd_listen_backlog"]([name, url], listener[BACKLOG])
             add["preforkd_listen_backlog_limit"]([name, url], listener[BACKLOG_LIMIT])
             add["preforkd_listen_drops_total"]([name, url], listener[DROPS])
-        usage = self.processes.usage(name, [row[PID] for row in live], words[REAPED_CPU_NS] / 1e9)
+        usage = self.processes.usage(name, [rows[0][PID] for rows in live], words[REAPED_CPU_NS] / 1e9)
         add["preforkd_worker_resident_memory_bytes"]([name], usage.rss)
         add["preforkd_worker_proportional_memory_bytes"]([name], usage.pss)
         add["preforkd_worker_cpu_seconds_total"]([name], usage.cpu_seconds)
         add["preforkd_worker_open_fds"]([name], usage.descriptors)
+        add["preforkd_worker_open_fds_ratio"]([name], usage.descriptors_ratio)
 
 
-def _states(live: list[memoryview]) -> dict[str, int]:
+def _total(blocks: list[Rows], word: int) -> int:
+    return sum(rows.total(word) for rows in blocks)
+
+
+def _states(live: list[Rows]) -> dict[str, int]:
     counts = {"starting": 0, "idle": 0, "busy": 0, "draining": 0}
-    for row in live:
-        match row[STATE]:
+    for rows in live:
+        match rows[0][STATE]:
             case state if state == STARTING:
                 counts["starting"] += 1
             case state if state == DRAINING:
                 counts["draining"] += 1
             case _:
-                counts["busy" if is_busy(row) else "idle"] += 1
+                counts["busy" if rows.busy else "idle"] += 1
     return counts
 
 
-def _buckets(rows: list[memoryview]) -> list[tuple[str, float]]:
+def _buckets(blocks: list[Rows]) -> list[tuple[str, float]]:
     """Cumulative counts, as Prometheus wants them."""
     total, buckets = 0, []
     for index, bound in enumerate(_BUCKET_NAMES):
-        total += sum(row[BUCKETS + index] for row in rows)
+        total += _total(blocks, BUCKETS + index)
         buckets.append((bound, float(total)))
     return buckets

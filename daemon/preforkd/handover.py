@@ -8,30 +8,33 @@ import os
 import selectors
 import socket
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from itertools import count
 
 import msgspec
 from msgspec import Struct
 
-from preforkd import __version__, limits, settings
+from preforkd import __version__, nofile, settings
+from preforkd.addresses import Address, parse
 from preforkd.children import Child
 from preforkd.generations import Generation
-from preforkd.listeners import Address, Bound, Rules, parse
+from preforkd.levels import Levels
+from preforkd.listeners import Bound, Rules
 from preforkd.molds import Mold
 from preforkd.notify import Manager
 from preforkd.plan import State, Timeouts, Wanted
 from preforkd.pool import Pool
 from preforkd.roster import Roster
 from preforkd.service import Service
+from preforkd.sizing import Bounds, Breath
 from preforkd.sources import Checked
 from preforkd.takeover import Lock
+from preforkd.wear import Endurance, Weight
 from preforkd_workers.scoreboard import Scoreboard
-from preforkd_workers.spec import Listener
+from preforkd_workers.spec import Limits, Listener
 
 # To be raised with every change of what follows and of what it is made of, of the scoreboard's layout, or of the
 # protocol with molds and workers.
-STATE_VERSION = 1
+STATE_VERSION = 3
 
 
 class _Listener(Struct):
@@ -52,7 +55,15 @@ class _Child(Struct):
     serial: int
     slot: int
     generation: int
-    row_at: int
+    rows_at: int
+    lanes: int
+    limits: Limits
+    endurance: Endurance
+    urls: list[str]
+    weight: Weight
+    worn: str | None
+    retires_first: bool
+    reason: str
     pid: int | None
     state: State
     since: float
@@ -60,6 +71,7 @@ class _Child(Struct):
     cause: str | None
     failure: list[str] | None
     is_leaving: bool
+    must_look: bool
     was_cut: bool
     is_mute: bool
     unfinished_line: bytes
@@ -81,6 +93,7 @@ class _Mold(Struct):
 class _Generation(Struct):
     number: int
     settings: settings.Service
+    scaled_to: int | None
     listeners: list[int]  # of the state's list
     is_needed: bool
     mold: _Mold | None
@@ -94,6 +107,9 @@ class _Service(Struct):
     block_on_close: bool
     next_serial: int
     wanted: Wanted
+    bounds: Bounds
+    breath: Breath
+    is_drained: bool
     timeouts: Timeouts
     generations: list[_Generation]
     children: list[_Child]
@@ -108,22 +124,20 @@ class Inheritance(Struct):
     board: int
     generation: int
     checked: Checked
+    chosen_levels: dict[str, str]
     listeners: list[_Listener]
     services: list[_Service]
     control: _Listener | None
     lock: tuple[int, str] | None  # descriptor and path
     stored: list[str]  # names of what the service manager keeps
-    sizes_before_drain: dict[str, int]
     next_upgrade: str | None
     nofile: tuple[int, int]  # the limit that the daemon was started with, soft and hard
 
 
-@dataclass(frozen=True)
-class Surroundings:
+class Surroundings(Struct, frozen=True):
     """What a master has beside its roster."""
 
     started: float
-    sizes_before_drain: dict[str, int]
     control: Bound | None
     lock: Lock | None
     stored: Collection[str]
@@ -143,14 +157,14 @@ def hand_over(roster: Roster, around: Surroundings) -> tuple[int, list[int]]:
         roster.board.fd,
         roster.generation,
         roster.checked,
+        roster.levels.chosen,
         [*map(_listener, roster.bound)],
         [_service(service, service in roster.leaving, places) for service in roster],
         _listener(around.control) if around.control else None,
         (around.lock.descriptor, around.lock.path) if around.lock else None,
         [*around.stored],
-        around.sizes_before_drain,
         around.next_upgrade,
-        limits.inherited(),
+        nofile.inherited(),
     )
     text = msgspec.msgpack.encode(state)
     fd = os.memfd_create("preforkd-state")
@@ -183,6 +197,9 @@ def _service(service: Service, is_leaving: bool, places: dict[int, int]) -> _Ser
         service.block_on_close,
         next(service.pool.serials),
         service.pool.wanted,
+        service.breathing.bounds,
+        service.breathing.breath,
+        service.breathing.is_drained,
         service.pool.timeouts,
         [_generation(generation, places) for generation in service.generations.values()],
         [_child(child) for child in service.pool.children.values()],
@@ -194,7 +211,13 @@ def _generation(generation: Generation, places: dict[int, int]) -> _Generation:
     listeners = [places[id(bound)] for bound in generation.listeners if id(bound) in places]
     told = None if mold is None else _Mold(mold.channel.fileno(), *(getattr(mold, name) for name in _OF_MOLD))
     return _Generation(
-        generation.number, generation.settings, listeners, generation.is_needed, told, [*generation.leaving]
+        generation.number,
+        generation.settings,
+        generation.scaled_to,
+        listeners,
+        generation.is_needed,
+        told,
+        [*generation.leaving],
     )
 
 
@@ -239,6 +262,8 @@ def take_over(state: Inheritance, selector: selectors.BaseSelector, manager: Man
     os.set_inheritable(state.board, False)
     roster = Roster(state.checked, Scoreboard.attach(state.board), selector, manager)
     roster.generation = state.generation
+    roster.levels = Levels(state.checked.settings.log_levels, state.chosen_levels)
+    roster.tell_levels()
     roster.bound = [_bound(each) for each in state.listeners]
     for told in state.services:
         service = _restored(told, roster)
@@ -253,7 +278,7 @@ def surroundings(state: Inheritance) -> Surroundings:
     """What the predecessor had beside its roster."""
     control = _bound(state.control) if state.control else None
     lock = Lock.inherited(*state.lock) if state.lock else None
-    return Surroundings(state.started, state.sizes_before_drain, control, lock, state.stored, state.next_upgrade)
+    return Surroundings(state.started, control, lock, state.stored, state.next_upgrade)
 
 
 def _bound(told: _Listener) -> Bound:
@@ -266,11 +291,12 @@ def _bound(told: _Listener) -> Bound:
 
 
 def _restored(told: _Service, roster: Roster) -> Service:
-    service = Service(told.name, roster.board, roster.selector)
+    service = Service(told.name, roster.board, roster.selector, roster.scripts)
     service.block_on_close = told.block_on_close
     for each in told.generations:
         generation = service.restore(each.number, each.settings, [roster.bound[place] for place in each.listeners])
         generation.is_needed, generation.leaving = each.is_needed, set(each.leaving)
+        generation.scaled_to = each.scaled_to
         if each.mold is not None:
             generation.attend(_grown_mold(each.mold))
         if each.number == told.current:
@@ -278,6 +304,7 @@ def _restored(told: _Service, roster: Roster) -> Service:
     pool = service.pool
     pool.timeouts, pool.serials = told.timeouts, count(told.next_serial)
     pool.want(told.wanted)
+    service.breathing.resume(told.breath, told.bounds, is_drained=told.is_drained)
     for child in told.children:
         pool.adopt(_grown(child, pool))
     return service
@@ -291,10 +318,11 @@ def _grown_mold(told: _Mold) -> Mold:
 
 
 def _grown(told: _Child, pool: Pool) -> Child:
-    row = pool.board.board.row_at(told.row_at)
-    child = Child(told.serial, told.slot, told.generation, told.row_at, row, _socket(told.fd))
+    rows = pool.board.board.rows_at(told.rows_at, told.lanes)
+    child = Child(told.serial, told.slot, told.generation, told.rows_at, rows, _socket(told.fd))
     for name in _OF_CHILD:
-        setattr(child, name, getattr(told, name))
+        if name != "lanes":  # those of its rows
+            setattr(child, name, getattr(told, name))
     return child
 
 

@@ -1,42 +1,21 @@
-"""From an address, as text, to a bound socket."""
+"""From an address to a bound socket."""
 
 import errno
+import fcntl
 import grp
 import os
 import pwd
-import re
 import socket
 import stat
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
+from msgspec import Struct
+
+from preforkd import datagrams
+from preforkd.addresses import NOWHERE, SCHEMES, Address
 from preforkd_workers.spec import Listener
-
-_SCHEMES = {
-    "tcp": (socket.AF_INET, socket.SOCK_STREAM),
-    "udp": (socket.AF_INET, socket.SOCK_DGRAM),
-    "unix": (socket.AF_UNIX, socket.SOCK_STREAM),
-    "unix-dgram": (socket.AF_UNIX, socket.SOCK_DGRAM),
-    "fd": None,
-}
-_OPTIONS = {"tcp": ("v6only",), "udp": ("v6only",), "unix": ("mode", "user", "group"), "fd": ()}
-_EXAMPLE = {
-    "tcp": "tcp://127.0.0.1:9999",
-    "udp": "udp://127.0.0.1:9999",
-    "unix": "unix:/run/x.sock",
-    "unix-dgram": "unix-dgram:/run/x.sock",
-    "fd": "fd:3 or fd:NAME",
-}
-_FDNAME = re.compile(r"[ -9;-~]{1,255}")  # sd_listen_fds(3): ASCII without control characters and colons
-_LONGEST_PATH = 107  # bytes, unix(7): sun_path less its terminating NUL
-
-
-class AddressError(ValueError):
-    """This text is no address; the message says what is wanted."""
 
 
 class ListenError(Exception):
@@ -48,48 +27,22 @@ class ListenError(Exception):
         return isinstance(self.__cause__, OSError) and self.__cause__.errno == errno.EADDRINUSE
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where to listen, understood but not resolved.
-
-    ``place`` is what a second listener cannot have as well, or None when any number can (port 0).
-    """
-
-    url: str
-    scheme: str
-    host: str = ""
-    port: int = 0
-    path: str = ""
-    number: int = -1
-    name: str = ""  # of a descriptor that is passed by name
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def place(self) -> tuple[str, object] | None:
-        if self.scheme == "fd":
-            return "fd", self.name or self.number
-        if self.scheme in ("tcp", "udp"):
-            return (self.scheme, (self.host, self.port)) if self.port else None
-        return "unix", self.path if self.path.startswith("@") else os.path.abspath(self.path)
-
-
-@dataclass(frozen=True)
-class Rules:
+class Rules(Struct, frozen=True):
     """How to bind: the settings of a service that concern its listeners."""
 
     request_queue_size: int = 1024
     allow_reuse_address: bool = True
     allow_reuse_port: bool = False
+    receive_buffer: int = 0  # bytes; 0: as the system has it
 
 
-@dataclass(eq=False)
-class Bound:
+class Bound(Struct, eq=False):
     """A listener of ours, with what we must remove at the end."""
 
     listener: Listener
     path: str = ""
     inode: tuple[int, int] = (0, 0)
-    address: Address = Address("", "")  # as it was asked for
+    address: Address = NOWHERE  # as it was asked for
     rules: Rules = Rules()
     name: str = ""  # in the service manager's store; empty: never there
     is_kept: bool = False  # by the service manager, so that its file must stay
@@ -113,6 +66,8 @@ class Bound:
             return f"{address.url}: {self.address.scheme} cannot become {address.scheme} in place; needs a restart"
         try:
             _owner(address)
+            if address.group is not None and datagrams.is_tied_to_another(self.listener.socket, address):
+                return f"{address.url}: the interface of an open listener of IPv6 cannot change; needs a restart"
         except OSError as error:
             return f"{address.url}: {error.strerror}"
         return None
@@ -121,10 +76,20 @@ class Bound:
         """Take over what is asked for anew at the same place. Raises OSError."""
         if rules != self.rules and self.listener.socket.type == socket.SOCK_STREAM:
             self.listener.socket.listen(rules.request_queue_size)
+        if rules.receive_buffer != self.rules.receive_buffer:
+            datagrams.set_receive_buffer(self.listener.socket, rules.receive_buffer)
+            datagrams.tell_receive_buffer(self.listener.socket, self.listener.url, rules.receive_buffer)
+        if address.group is not None and address.options != self.address.options:
+            datagrams.rejoin(self.listener.socket, self.address, address)
         if self.path and address.options != self.address.options:
             _own(self.path, address)
             os.chmod(self.path, _mode(address))
         self.address, self.rules = address, rules
+
+    @property
+    def is_ours_alone(self) -> bool:
+        """Whether nobody else has it: not whoever has passed it to us, nor the service manager."""
+        return self.address.scheme != "fd" and not self.is_kept
 
     def retire(self) -> None:
         """Close it for all who have it, workers that drain included."""
@@ -144,56 +109,6 @@ class Bound:
         with suppress(FileNotFoundError):
             if self.path and _inode(self.path) == self.inode:
                 os.unlink(self.path)
-
-
-def parse(url: str) -> Address:
-    """Understand ``tcp://host:port``, ``udp://…``, ``unix:path``, ``unix:@name``, ``unix-dgram:…`` or ``fd:…``.
-
-    Raises AddressError.
-    """
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-        host = parts.hostname or ""
-    except ValueError as error:
-        raise AddressError(f"{url}: {error}") from None
-    scheme = parts.scheme
-    if scheme not in _SCHEMES:
-        close = get_close_matches(scheme, _SCHEMES, 1)
-        raise AddressError(
-            f"{url}: " + (f"did you mean {close[0]}:?" if close else f"want one of {', '.join(_SCHEMES)}")
-        )
-    options = _options(url, scheme, parts.query)
-    wanted = AddressError(f"{url}: want {_EXAMPLE[scheme]}")
-    if scheme == "fd":
-        if parts.path.isdecimal():
-            return Address(url, scheme, number=int(parts.path))
-        if not _FDNAME.fullmatch(parts.path) or parts.netloc:
-            raise wanted
-        return Address(url, scheme, name=parts.path)
-    if scheme in ("tcp", "udp"):
-        if not host or port is None or parts.path:
-            raise wanted
-        return Address(url, scheme, host, port, options=options)
-    if not parts.path or parts.netloc or "\0" in parts.path:
-        raise wanted
-    if len(os.fsencode(parts.path)) > _LONGEST_PATH:
-        raise AddressError(f"{url}: the path is longer than {_LONGEST_PATH} bytes (unix(7))")
-    return Address(url, scheme, path=parts.path, options=options)
-
-
-def _options(url: str, scheme: str, query: str) -> dict[str, str]:
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    known = _OPTIONS[scheme.removesuffix("-dgram")]
-    for name in options:
-        if name not in known:
-            close = get_close_matches(name, known, 1)
-            raise AddressError(f"{url}: unknown option {name!r}" + (f"; did you mean {close[0]}?" if close else ""))
-    if not re.fullmatch("0?[0-7]{3}", options.get("mode", "0666")):
-        raise AddressError(f"{url}: mode is octal, such as 0660")
-    if options.get("v6only", "0") not in ("0", "1"):
-        raise AddressError(f"{url}: v6only is 0 or 1")
-    return options
 
 
 def bind(address: Address, rules: Rules) -> Bound:
@@ -231,17 +146,28 @@ def file_of(address: Address) -> tuple[int, int] | None:
     return None
 
 
-def unbound(address: Address) -> Listener:
+def is_yet_to_be_passed(address: Address) -> bool:
+    """Whether only who starts the daemon knows what it is: what has a name, or becomes a standard stream."""
+    if address.scheme != "fd" or address.name:
+        return bool(address.name)
+    return address.number <= 2 and not stat.S_ISSOCK(os.fstat(address.number).st_mode)
+
+
+def unbound(address: Address, of_passed: int = socket.SOCK_STREAM) -> Listener:
     """A socket of the family and type that the address has, for trying a target without binding.
 
+    ``of_passed``: the type of what is yet to be passed.
     Raises ListenError when there is no such host or descriptor.
     """
     try:
+        if is_yet_to_be_passed(address):
+            return Listener(address.url, socket.socket(socket.AF_INET, of_passed))
         if address.scheme == "fd":
             return Listener(address.url, socket.socket(fileno=os.dup(address.number)))
-        family, kind = _SCHEMES[address.scheme] or (0, 0)
+        family, kind = SCHEMES[address.scheme] or (0, 0)
         if not address.path:
             family, _ = _resolve(address)
+            datagrams.interface_of(address)
         return Listener(address.url, socket.socket(family, kind))
     except OSError as error:
         raise ListenError(f"{address.url}: {_explain(error, address)}") from error
@@ -249,23 +175,28 @@ def unbound(address: Address) -> Listener:
 
 def _resolve(address: Address) -> tuple[int, tuple[Any, ...]]:
     """The family and the socket address of a host and port. Raises OSError when there is no such host."""
-    _, kind = _SCHEMES[address.scheme] or (0, 0)
+    _, kind = SCHEMES[address.scheme] or (0, 0)
     family, _, _, _, sockaddr = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)[0]
+    if address.group is not None and family == socket.AF_INET6:
+        return family, (*sockaddr[:3], datagrams.interface_of(address))
     return family, sockaddr
 
 
 def _inet(address: Address, rules: Rules) -> Listener:
-    _, kind = _SCHEMES[address.scheme] or (0, 0)
+    _, kind = SCHEMES[address.scheme] or (0, 0)
     family, sockaddr = _resolve(address)
     made = socket.socket(family, kind)
     try:
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address.options.get("v6only", "0")))
-        if rules.allow_reuse_address and kind == socket.SOCK_STREAM:  # on UDP it would let a second one in (socket(7))
+        # On UDP it would let a second one in (socket(7)), which is what those who listen to a group want.
+        if rules.allow_reuse_address and (kind == socket.SOCK_STREAM or address.group is not None):
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if rules.allow_reuse_port:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         made.bind(sockaddr)
+        if address.group is not None:
+            datagrams.join(made, address)
     except BaseException:
         made.close()
         raise
@@ -273,7 +204,7 @@ def _inet(address: Address, rules: Rules) -> Listener:
 
 
 def _unix(address: Address) -> Bound:
-    family, kind = _SCHEMES[address.scheme] or (0, 0)
+    family, kind = SCHEMES[address.scheme] or (0, 0)
     made = socket.socket(family, kind)
     try:
         if address.path.startswith("@"):
@@ -331,8 +262,22 @@ def _inherited(address: Address, rules: Rules) -> Listener:
     """A listener that whoever started us has opened; its family and type are asked from the kernel."""
     if not stat.S_ISSOCK(os.fstat(address.number).st_mode):
         raise OSError(errno.ENOTSOCK, "is no socket; have whoever starts this pass a listening one")
-    os.set_inheritable(address.number, False)
-    return _listening(socket.socket(fileno=address.number), rules)
+    return _listening(socket.socket(fileno=_out_of_the_way(address.number)), rules)
+
+
+def _out_of_the_way(number: int) -> int:
+    """Keep a descriptor from the programs that we or a handler run, and the standard streams from being a listener.
+
+    FastCGI, and so supervisord, passes one as standard input, which every mold, worker and program has.
+    """
+    if number > 2:
+        os.set_inheritable(number, False)
+        return number
+    moved = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, number)
+    os.close(null)
+    return moved
 
 
 def _listening(made: socket.socket, rules: Rules) -> Listener:
@@ -340,6 +285,8 @@ def _listening(made: socket.socket, rules: Rules) -> Listener:
     if made.type == socket.SOCK_STREAM:
         made.listen(rules.request_queue_size)
         made.setblocking(False)
+    elif rules.receive_buffer:
+        datagrams.set_receive_buffer(made, rules.receive_buffer)
     return Listener(url_of(made), made)
 
 

@@ -13,8 +13,6 @@ from contextlib import suppress
 from time import monotonic, time_ns
 from typing import Protocol
 
-from setproctitle import setproctitle
-
 from preforkd import __version__, commands, log
 from preforkd.control import Control
 from preforkd.descriptors import Store
@@ -25,13 +23,13 @@ from preforkd.notify import Manager, Stage, newline, status_line
 from preforkd.plan import Haste
 from preforkd.renewals import Renewals
 from preforkd.roster import Roster
-from preforkd.settings import MOST_CHILDREN
 from preforkd.sources import Checked
 from preforkd.takeover import Lock
 from preforkd.upgrade import execute
 from preforkd.wakeup import WakeUp
 from preforkd_workers.prctl import become_subreaper
-from preforkd_workers.scoreboard import HEARTBEAT
+from preforkd_workers.scoreboard import HEARTBEAT, LOG_DROPPED
+from preforkd_workers.title import setproctitle
 
 # How often the master shows that its loop turns, in seconds.
 HEARTBEAT_EVERY = 1.0
@@ -62,6 +60,7 @@ class Master:
     ) -> None:
         self.roster = roster
         self.selector = selector = roster.selector
+        log.losses.count = self.count_dropped
         self.renewals = Renewals(roster, selector, read, lambda: self.write_state()[0], self.hand_over)
         self.control_listener = control
         listener = control.listener.socket if control else None
@@ -73,7 +72,7 @@ class Master:
         self.started = monotonic()
         self.is_ready = False
         self.is_stopping = False
-        self.sizes_before_drain: dict[str, int] = {}
+        self.log_was_moved = False  # when we looked last
         self.next_heartbeat = 0.0
         self.exit = Exit.STOPPED
         self.wakeup = WakeUp(SIGNALS)
@@ -84,7 +83,6 @@ class Master:
     def resume(self, release: str, around: Surroundings, refusal: str) -> None:
         """Go on for a master of this release before us under our pid. ``refusal``: why another one could not."""
         self.is_ready, self.told_stage, self.started = True, Stage.SERVING, around.started
-        self.sizes_before_drain = around.sizes_before_drain
         self.renewals.resume(release, around.next_upgrade, refusal)
         self.reap()
 
@@ -154,6 +152,7 @@ class Master:
         self.is_ready = True
         workers = sum(len(service.pool.children) for service in self.roster)
         log.event("ready", pid=os.getpid(), workers=workers, seconds=round(monotonic() - self.started, 3))
+        log.be_quiet()
         if self.roster.checked.settings.ready_fd:
             newline(self.roster.checked.settings.ready_fd)
 
@@ -195,25 +194,35 @@ class Master:
         """Show that the loop turns, and what waits at the listeners."""
         self.next_heartbeat = monotonic() + HEARTBEAT_EVERY
         self.roster.board.daemon[HEARTBEAT] = time_ns()
+        self.look_after_log()
         for service in self.roster:
-            service.sample_listeners()
+            service.beat()
+
+    def count_dropped(self, lines: int) -> None:
+        self.roster.board.daemon[LOG_DROPPED] += lines
 
     # Children that have died.
 
     def reap(self) -> None:
         """Collect every dead child: workers, molds, and strangers that were reparented to us (prctl(2), subreaper).
 
-        Molds are heard first: a worker's pid is told before it becomes our child, so whom nobody knows is a stranger.
+        A worker's pid is told before it becomes our child: who is unknown after the molds were heard is a stranger.
         """
-        for service in self.roster:
-            service.hear_molds()
         while (pid := _next_dead_child()) is not None:
-            known = any(service.reap(pid) for service in self.roster) or self.renewals.reap(pid)
-            if not known and not (self.watcher is not None and self.watcher.reap(pid)):
+            if self._collect(pid):
+                continue
+            for service in self.roster:
+                service.hear_molds()
+            if not self._collect(pid):
                 _, status = os.waitpid(pid, 0)
                 log.event("stranger_reaped", pid=pid, status=os.waitstatus_to_exitcode(status))
 
-    # Signals: what is wanted from now on. The first line of each is README's.
+    def _collect(self, pid: int) -> bool:
+        """Collect the exit status of this pid, if it is somebody we know. Whether it was."""
+        known = any(service.reap(pid) for service in self.roster) or self.renewals.reap(pid)
+        return known or (self.watcher is not None and self.watcher.reap(pid))
+
+    # Signals: what is wanted from now on. The first line of each is the reference's.
 
     def answer_signals(self) -> None:
         for number in self.wakeup.arrived():
@@ -252,6 +261,8 @@ class Master:
     def hand_over(self, python: str) -> str:
         """Become another program. Returns only if the system refuses, and why. Raises as ``write_state`` does."""
         log.event("handing_over", python=python)
+        for service in self.roster:
+            service.pool.stacks.tell()
         state, needed = self.write_state()
         if self.watcher is not None:
             self.watcher.stop()
@@ -264,20 +275,31 @@ class Master:
         """
         stored = () if self.manager.is_behind else self.store.names  # to be told again, if it may not have been told
         wanted = self.renewals.next_upgrade
-        sizes, control = self.sizes_before_drain, self.control_listener
-        return hand_over(self.roster, Surroundings(self.started, sizes, control, self.lock, stored, wanted))
+        return hand_over(self.roster, Surroundings(self.started, self.control_listener, self.lock, stored, wanted))
 
     def dump(self) -> None:
-        """Write the state of every lane and the stacks of every worker to the log."""
+        """Write the state of every lane and the stacks of every worker to the log; open log files anew."""
+        self.look_after_log()
         for service in self.roster:
             service.dump()
 
+    def look_after_log(self) -> None:
+        """Have everybody follow the log's file, if it was moved away.
+
+        They are told twice: a signal that comes right before a wait is answered after it, which may be long.
+        """
+        was_moved = log.look_after()
+        if was_moved or self.log_was_moved:
+            for service in self.roster:
+                service.look_after_log()
+        self.log_was_moved = was_moved
+
     def more(self) -> None:
-        """One worker more for each service."""
+        """One worker more for each service; of an elastic pool, one more at most."""
         self.resize(+1)
 
     def fewer(self) -> None:
-        """One worker less for each service, down to one."""
+        """One worker less for each service, down to one; of an elastic pool, one less at most."""
         self.resize(-1)
 
     def drain_or_refill(self) -> None:
@@ -292,32 +314,27 @@ class Master:
     @property
     def is_drained(self) -> bool:
         """Whether no workers are wanted for the time being."""
-        return bool(self.sizes_before_drain)
+        return any(service.is_drained for service in self.roster.targets)
 
     def drain_workers(self) -> None:
         """Want no workers until further notice, but the exporter's."""
         if self.is_stopping or self.is_drained:
             return
         log.event("draining")
-        self.sizes_before_drain = {service.name: service.pool.size for service in self.roster.targets}
         for service in self.roster.targets:
-            service.pool.resize(0)
+            service.breathing.drain()
 
     def refill(self) -> None:
         """Want as many workers as before the drain."""
         if self.is_stopping:
             return
         log.event("refilling")
-        sizes, self.sizes_before_drain = self.sizes_before_drain, {}
         for service in self.roster.targets:
-            size, service.size_on_refill = service.size_on_refill, None
-            service.pool.resize(size or sizes.get(service.name, service.pool.size))
+            service.breathing.refill()
 
     def resize(self, by: int) -> None:
         for service in self.roster.targets if not (self.is_stopping or self.is_drained) else ():
-            size = min(max(service.pool.size + by, 1), MOST_CHILDREN)
-            log.event("resized", service=service.name, workers=size, before=service.pool.size)
-            service.pool.resize(size)
+            service.scale(by=by)
 
     def identity(self) -> dict[str, object]:
         """Who we are, for whoever asks over the control socket."""
@@ -339,7 +356,7 @@ SIGNALS: Mapping[signal.Signals, Callable[[Master], None]] = {
 
 
 def signals_reference() -> str:
-    """The table of signals as README shows it."""
+    """The table of signals as the reference shows it."""
     rows = [f"| `{number.name}` | {(do.__doc__ or '').splitlines()[0]} |" for number, do in SIGNALS.items()]
     return "\n".join(["| signal | meaning |", "| --- | --- |", *rows])
 

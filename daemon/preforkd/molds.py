@@ -9,7 +9,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import Self
 
-from preforkd import limits
+from preforkd import nofile
 from preforkd.wakeup import held
 from preforkd_workers import protocol
 from preforkd_workers.spec import Spec
@@ -52,6 +52,10 @@ class Mold:
         """Ask for a worker; the answer comes with the same serial. Raises OSError when the mold cannot be asked now."""
         protocol.send(self.channel, " ".join(map(str, order)), end.fileno())
 
+    def answer(self, text: str, descriptor: int | None) -> None:
+        """Answer what it waits for. Raises OSError when it cannot be told."""
+        protocol.send(self.channel, text, descriptor)
+
     def hear(self) -> Iterator[tuple[str, str]]:
         """What the mold has said since the last time: a word of the protocol, and the rest.
 
@@ -87,8 +91,12 @@ def _become_mold(spec: Spec, channel: socket.socket) -> None:
     try:
         keep = {0, 1, 2, channel.fileno(), spec.scoreboard.fd, *(each.socket.fileno() for each in spec.listeners)}
         close_all_but(keep | KEPT)
-        limits.restore()
+        nofile.restore()
         channel.setblocking(True)
+        if spec.kind == "gevent":
+            from gevent import monkey
+
+            monkey.patch_all()  # before anything is imported that would keep hold of what it replaces
         from preforkd_workers import mold  # here and not above: the master does without socketserver
 
         mold.run(spec, channel)

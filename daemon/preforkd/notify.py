@@ -10,10 +10,11 @@ import socket
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from time import CLOCK_MONOTONIC, clock_gettime_ns, monotonic
 from typing import Self
+
+from msgspec import Struct
 
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
@@ -23,6 +24,9 @@ EXTEND_EVERY = 4.0
 
 # How often a status is told that differs from the last one, in seconds.
 STATUS_EVERY = 5.0
+
+# How often the watchdog is fed at least, in seconds: if we die, those whom we leave have the rest of its time.
+FEED_EVERY = 5.0
 
 # How long a barrier is waited for, in seconds.
 BARRIER_TIMEOUT = 5.0
@@ -43,8 +47,7 @@ def status_line(busy: int, idle: int, generation: int, reload: str | None) -> st
     return f"{line}; last reload: {reload}" if reload else line
 
 
-@dataclass
-class Rhythm:
+class Rhythm(Struct):
     """What is to be said again and again. Times are on the caller's clock, in seconds."""
 
     watchdog_interval: float = float("inf")  # inf: nobody watches
@@ -240,13 +243,13 @@ class Manager:
 
 
 def _watchdog_interval(environment: Mapping[str, str], pid: int) -> float:
-    """Half the time that sd_watchdog_enabled(3) would return, in seconds; inf when nobody watches us."""
+    """Half the time that sd_watchdog_enabled(3) would return, or less, in seconds; inf when nobody watches us."""
     try:
         period = int(environment.get("WATCHDOG_USEC", ""))
         is_ours = int(environment.get("WATCHDOG_PID", pid)) == pid
     except ValueError:
         return float("inf")
-    return period / 2e6 if period > 0 and is_ours else float("inf")
+    return min(period / 2e6, FEED_EVERY) if period > 0 and is_ours else float("inf")
 
 
 def newline(descriptor: int) -> None:

@@ -5,13 +5,16 @@ pushed on. Who calls ``plan`` takes the steps and records the new states; asking
 
 A reload is a pool that is wanted in another generation, and so is rolling it back: whoever is of any other generation
 is replaced; meanwhile at least ``size - max_unavailable`` are ready, and at most ``size + max_surge`` are not leaving.
+In the same way those are replaced that are worn; but one that there is no memory for beside its replacement leaves
+first, and is replaced when it is gone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum, IntEnum
 from itertools import count
 from typing import Protocol
+
+from msgspec import Struct
 
 # How many workers of a pool may be booting at a time.
 BURST = 32
@@ -21,9 +24,6 @@ KILL_TIMEOUT = 1.0
 
 # A worker that dies younger than this and without having ended a request is a failed start.
 FRUITLESS_AGE = 10.0
-
-# The longest pause before a slot is filled again, in seconds.
-LONGEST_PAUSE = 30.0
 
 
 class State(Enum):
@@ -44,8 +44,7 @@ class Haste(IntEnum):
     KILL = 3
 
 
-@dataclass(frozen=True)
-class Timeouts:
+class Timeouts(Struct, frozen=True):
     """Patience with a worker, in seconds."""
 
     boot: float = 30.0
@@ -53,8 +52,7 @@ class Timeouts:
     eof: float = 5.0
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """What a pool should come to: ``size`` workers of one generation, and perhaps one of another, on trial."""
 
     size: int
@@ -65,6 +63,12 @@ class Wanted:
     can_spawn: frozenset[int] = frozenset({1})  # generations that there is something to fork from
     haste: Haste = Haste.NONE
     hurried: frozenset[int] = frozenset()  # generations whose leaving workers read end-of-file at once
+    spare: int = 0  # workers besides that are always there, so that one is idle when as many as ``size`` are busy
+
+    @property
+    def total(self) -> int:
+        """How many workers the pool has when nothing is replaced, and nobody on trial."""
+        return self.size + self.spare if self.size else 0
 
 
 class Child(Protocol):
@@ -80,32 +84,33 @@ class Child(Protocol):
     def since(self) -> float: ...
     @property
     def busy(self) -> bool: ...
+    @property
+    def worn(self) -> str | None: ...  # why it is to be replaced although nothing is wrong with its generation
+    @property
+    def retires_first(self) -> bool: ...  # there is no memory for it and its replacement at a time
 
 
-@dataclass(frozen=True)
-class Spawn:
+class Spawn(Struct, frozen=True):
     """Fork a worker of this generation for this slot."""
 
     slot: int
     generation: int
 
 
-@dataclass(frozen=True)
-class Retire:
+class Retire(Struct, frozen=True):
     """Step one of stopping: hang up the lifeline."""
 
     child: Child
+    cause: str = "drained"
 
 
-@dataclass(frozen=True)
-class EndOfFile:
+class EndOfFile(Struct, frozen=True):
     """Step two: end the reading side of what it holds."""
 
     child: Child
 
 
-@dataclass(frozen=True)
-class Kill:
+class Kill(Struct, frozen=True):
     """Step three: have it dump its stacks and die; a second time, kill it outright."""
 
     child: Child
@@ -130,11 +135,12 @@ def plan(
     leaving = crowd.leaving()
     for child in children:
         if child in leaving:
-            yield Retire(child)
+            yield Retire(child, crowd.cause(child))
         elif now >= _deadline(child, wanted, timeouts):
             yield _push(child, wanted)
     held = {slot for slot, until in not_before.items() if now < until and slot not in crowd.slots}
-    due = [wanted.generation] * (crowd.missing() - len(held)) + crowd.missing_on_trial()
+    # Who is on trial first: or else whoever makes room for that is replaced instead, and has to make room again.
+    due = crowd.missing_on_trial() + [wanted.generation] * (crowd.missing() - len(held))
     due = [generation for generation in due if generation in wanted.can_spawn][: crowd.room(len(leaving))]
     vacant = (slot for slot in count() if slot not in crowd.slots and slot not in held)
     yield from (Spawn(next(vacant), generation) for generation in due)
@@ -158,17 +164,20 @@ class _Crowd:
         self.wanted = wanted
         self.slots = {child.slot for child in children}
         live = [child for child in children if child.state in (State.BOOTING, State.READY)]
-        # Of two that could go, first the one that does not serve yet, then the one in the higher slot.
-        live.sort(key=lambda child: (child.state is State.READY, -child.slot))
+        # Of two that could go, first who does not serve yet, then who is idle, then who has the higher slot.
+        live.sort(key=lambda child: (child.state is State.READY, child.busy, -child.slot))
         self.live = live
-        self.ours = [child for child in live if child.generation == wanted.generation]
+        self.ours = [child for child in live if child.generation == wanted.generation and not child.worn]
         self.on_trial = [child for child in live if child.generation == wanted.trial]
         self.outdated = [child for child in live if child.generation not in (wanted.generation, wanted.trial)]
+        self.worn = [child for child in live if child.generation == wanted.generation and child.worn]
+        # Who leaves room by leaving only, and so is not missing before it is gone.
+        self.in_place = [child for child in children if child.generation == wanted.generation and child.retires_first]
 
     @property
     def limit(self) -> int:
         """How many may be there that are not leaving."""
-        return self.wanted.size + self.wanted.max_surge if self.wanted.size else 0
+        return self.wanted.total + self.wanted.max_surge if self.wanted.size else 0
 
     @property
     def wants_trial(self) -> bool:
@@ -176,21 +185,33 @@ class _Crowd:
 
     def leaving(self) -> list[Child]:
         """Whom to retire: who is too many at once, who is outdated only as others are ready in his place."""
-        size = self.wanted.size
+        size = self.wanted.total
         found = self.ours[: max(0, len(self.ours) - size)]
-        trial_lacks_room = self.wants_trial and not self.on_trial and len(self.live) >= self.limit
+        has_trial_to_come = self.missing_on_trial() and self.wanted.trial in self.wanted.can_spawn
+        trial_lacks_room = has_trial_to_come and len(self.live) >= self.limit
         too_many_on_trial = self.on_trial[: max(0, len(self.on_trial) - self.wants_trial)]
-        replaceable = [*self.outdated, *too_many_on_trial, *(self.ours[len(found) :][:1] if trial_lacks_room else [])]
+        replaceable = [
+            *self.outdated,
+            *self.worn,
+            *too_many_on_trial,
+            *(self.ours[len(found) :][:1] if trial_lacks_room else []),
+        ]
         found += [child for child in replaceable if child.state is State.BOOTING]
         ready = [child for child in self.live if child.state is State.READY and child not in found]
         spare = len(ready) - (size - self.wanted.max_unavailable) if size else len(ready)
         found += [child for child in replaceable if child.state is State.READY][: max(0, spare)]
+        if not found and spare >= 0 and not self.wanted.max_unavailable:
+            found += [child for child in self.worn if child.retires_first][:1]
         return found
+
+    def cause(self, child: Child) -> str:
+        """Why a child is retired."""
+        return (child.worn if child in self.worn and self.wanted.size else None) or "drained"
 
     def missing(self) -> int:
         """How many of the wanted generation are missing."""
         makes_room = self.wants_trial and not self.wanted.max_surge
-        return max(0, self.wanted.size - makes_room - len(self.ours))
+        return max(0, self.wanted.total - makes_room - len(self.ours) - len(self.in_place))
 
     def missing_on_trial(self) -> list[int]:
         return [self.wanted.trial] if self.wants_trial and self.wanted.trial is not None and not self.on_trial else []
@@ -199,14 +220,6 @@ class _Crowd:
         """How many may be forked now."""
         booting = sum(child.state is State.BOOTING for child in self.live)
         return max(0, min(BURST - booting, self.limit - len(self.live) + leaving))
-
-
-def pause(failed_starts: int) -> float:
-    """How long a slot stays vacant after n failed starts in a row, in seconds: 1.5ⁿ⁻¹ - 1, at most LONGEST_PAUSE.
-
-    One failed start is an accident and costs no time.
-    """
-    return float(min(1.5 ** min(max(failed_starts - 1, 0), 20) - 1, LONGEST_PAUSE))
 
 
 def is_failed_start(age: float, ended: int) -> bool:

@@ -5,19 +5,24 @@ It does not know how workers are made, only whom to ask (``Nursery``): a mold in
 
 import json
 import os
-import re
 import selectors
 import signal
 import socket
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from itertools import count
-from time import monotonic
-from typing import Protocol
+from resource import struct_rusage
+from time import monotonic, monotonic_ns
 
-from preforkd import log
+from msgspec.structs import replace
+
+from preforkd import log, memory, usermetrics
 from preforkd.children import Child
+from preforkd.deaths import Obituary, cause_of, held_by
+from preforkd.holdback import HoldBack
+from preforkd.log import Journal
+from preforkd.nursery import Nursery
 from preforkd.plan import (
     EndOfFile,
     Haste,
@@ -27,14 +32,28 @@ from preforkd.plan import (
     State,
     Timeouts,
     Wanted,
-    is_failed_start,
-    pause,
     plan,
     wake_at,
 )
-from preforkd.wakeup import name_of
-from preforkd_workers import protocol
-from preforkd_workers.protocol import DRAIN, END_OF_FILE, FAILED, LEAVING, NOTICE, READY, SHUTDOWN, STACKS, TRIED
+from preforkd.recycling import Recycler
+from preforkd.stacks import Stacks, is_plumbing
+from preforkd.watch import Watch
+from preforkd.wear import MAX_RSS, WEAR
+from preforkd_workers.protocol import (
+    ABANDONED,
+    DRAIN,
+    END_OF_FILE,
+    FAILED,
+    LEAVING,
+    LOOK,
+    NOTICE,
+    READY,
+    SHUTDOWN,
+    STACK_OF_THE_DEAF,
+    STACKS,
+    TRIED,
+    WORN,
+)
 from preforkd_workers.scoreboard import (
     CAUSES,
     EXITS,
@@ -47,39 +66,7 @@ from preforkd_workers.scoreboard import (
 )
 
 # How long a worker may take to hear that it must leave, in seconds, before we go on as if it had.
-HEARING = 1.0
-
-
-class Nursery(Protocol):
-    """Where the workers of a generation come from."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether a worker can be asked for now."""
-        ...
-
-    @property
-    def may_tell(self) -> bool:
-        """Whether it may still tell the pid of a worker that it was asked for."""
-        ...
-
-    def spawn(self, child: Child, end: socket.socket) -> int | None:
-        """Ask for a worker that keeps ``end`` as its end of the lifeline.
-
-        Returns its pid, or None when ``spawned`` will tell it. Raises OSError when it cannot be had.
-        """
-        ...
-
-    def lost(self, child: Child, cause: str, failure: str | None) -> None:
-        """A worker has died, of a cause of CAUSES. ``failure``: why it could not boot, if it could not."""
-        ...
-
-
-class Journal(Protocol):
-    """Where a pool says what it does; the module ``log`` is one."""
-
-    def event(self, name: str, /, **fields: object) -> None: ...
-    def text(self, prefix: str, lines: str) -> None: ...
+HEARING = 3.0
 
 
 class Pool:
@@ -102,10 +89,13 @@ class Pool:
         self.nurseries = nurseries
         self.timeouts = timeouts
         self.children: dict[int, Child] = {}
+        self.recycler = Recycler(self.children, self._log)
+        memory.ours()  # from now on it can tell whom the kernel kills
         self.serials = count(1)
-        self.failed_starts: dict[int, int] = {}
-        self.not_before: dict[int, float] = {}
+        self.held_back: dict[int, HoldBack] = defaultdict(HoldBack)  # by slot
         self.shutdown_asked = False
+        self.watch = Watch(self)
+        self.stacks = Stacks(journal)
         self.want(wanted)
 
     # What is wanted.
@@ -115,15 +105,27 @@ class Pool:
         self.wanted = wanted
         words = self.board.words
         words[GENERATION], words[SIZE] = wanted.generation, wanted.size
-        self.failed_starts.clear()
-        self.not_before.clear()
+        self.held_back.clear()
+        self.recycler.forget()
 
     def resize(self, size: int) -> None:
         self.want(replace(self.wanted, size=size))
 
+    def breathe(self, size: int) -> None:
+        """Come to this size because of the load. It says nothing of the code, so what holds back still does."""
+        self.wanted = replace(self.wanted, size=size)
+        self.board.words[SIZE] = size
+
     def hurry(self, haste: Haste) -> None:
         """Stop in this haste, or in that of an earlier call, whichever is greater."""
         self.wanted = replace(self.wanted, haste=max(self.wanted.haste, haste))
+
+    def replace_all(self) -> list[Child]:
+        """Have all that serve now replaced, as if they were worn; who they are. Who is outdated leaves anyway."""
+        serving = self.ready(self.wanted.generation)
+        for child in serving:
+            child.worn = child.worn or "drained"
+        return serving
 
     @property
     def size(self) -> int:
@@ -131,18 +133,30 @@ class Pool:
 
     @property
     def is_full(self) -> bool:
-        """Whether there are as many workers as wanted, all ready and of the generation that is wanted."""
+        """Whether there are as many workers as wanted, all ready and of the generation that is wanted.
+
+        One that boots in place of one that was worn counts as ready: or else a pool of workers that do not live long
+        would never be full.
+        """
         live = [child for child in self.children.values() if child.state in (State.BOOTING, State.READY)]
+        serving = [child for child in live if child.state is State.READY or child.slot in self.recycler.worn_slots]
         return (
-            len(live) == self.size
-            and all(child.state is State.READY and child.generation == self.wanted.generation for child in live)
+            len(serving) >= self.wanted.total
+            and all(map(self._is_current, live))
             and not any(self._may_still_accept(child) for child in self.children.values())
         )
 
+    def _is_current(self, child: Child) -> bool:
+        return child.generation == self.wanted.generation
+
     def _may_still_accept(self, child: Child) -> bool:
-        """Whether it is of another generation and has not heard yet that it must leave. The stuck accept nothing."""
-        is_outdated = child.state is State.DRAINING and child.generation != self.wanted.generation
-        return is_outdated and not child.is_leaving and monotonic() < child.since + HEARING
+        """Whether it is of another generation and has not heard yet that it must leave."""
+        return not self._is_current(child) and child.state is State.DRAINING and self.may_accept(child)
+
+    def may_accept(self, child: Child) -> bool:
+        """Whether it serves, or may not have heard yet that it must leave. The stuck accept nothing."""
+        is_unheard = not child.is_leaving and monotonic() < child.since + HEARING
+        return child.state is State.READY or (child.state is State.DRAINING and is_unheard)
 
     def ready(self, generation: int) -> list[Child]:
         """The workers of this generation that serve."""
@@ -165,8 +179,17 @@ class Pool:
         can_spawn = frozenset(generation for generation, nursery in self.nurseries.items() if nursery.ready)
         return replace(self.wanted, can_spawn=can_spawn)
 
+    def _not_before(self) -> dict[int, float]:
+        return {slot: each.until for slot, each in self.held_back.items()}
+
     def wake_at(self) -> float:
-        return wake_at(self._wanted_now(), [*self.children.values()], self.timeouts, self.not_before)
+        planned = wake_at(self._wanted_now(), [*self.children.values()], self.timeouts, self._not_before())
+        return min(planned, self.watch.wake_at, self.recycler.wake_at(), self.stacks.wake_at())
+
+    def count_held_back(self) -> int:
+        """How many slots are left empty for a while, after their workers died young again and again."""
+        now = monotonic()
+        return sum(each.until > now for each in self.held_back.values())
 
     # What is done about it.
 
@@ -174,15 +197,18 @@ class Pool:
         """Take the steps that are due."""
         for child in [each for each in self.children.values() if each.is_mute and each.pidfd < 0]:
             self.bury(child)
+        self.watch.settle()
+        self.stacks.settle(monotonic())
+        for child in [*self.recycler.settle(monotonic())]:
+            self.kill(child, MAX_RSS)
         wanted, children = self._wanted_now(), [*self.children.values()]
-        for step in plan(monotonic(), wanted, children, self.timeouts, self.not_before):
+        for step in plan(monotonic(), wanted, children, self.timeouts, self._not_before()):
             match step:
                 case Spawn(slot, generation):
                     self._spawn(slot, generation)
-                case Retire(Child() as child):
-                    child.enter(State.DRAINING)
-                    child.hang_up()
-                    child.send(DRAIN)
+                case Retire(Child() as child, reason):
+                    child.reason = reason
+                    self.retire(child)
                 case EndOfFile(Child() as child):
                     child.enter(State.HALF_CLOSED)
                     child.was_cut = child.busy
@@ -193,7 +219,9 @@ class Pool:
 
     def _spawn(self, slot: int, generation: int) -> None:
         try:
-            row = self.board.use_row(slot)
+            nursery = self.nurseries[generation]
+            lanes = nursery.lanes
+            at = self.board.use(slot, lanes)
             ours, theirs = socket.socketpair()
         except MemoryError as error:
             return self._spawn_refused(slot, generation, str(error), "have fewer services, or fewer workers")
@@ -201,12 +229,22 @@ class Pool:
             advice = "raise RLIMIT_NOFILE (ulimit -Hn, LimitNOFILE=): the master needs two descriptors a worker"
             return self._spawn_refused(slot, generation, error.strerror or str(error), advice)
         ours.setblocking(False)
-        child = self.children[slot] = Child(next(self.serials), slot, generation, row, self.board.row(slot), ours)
+        child = self.children[slot] = Child(
+            next(self.serials),
+            slot,
+            generation,
+            at,
+            self.board.rows(slot, lanes),
+            ours,
+            nursery.limits,
+            nursery.endurance(),
+            nursery.urls,
+        )
         # Before the fork: a signal handler of the library's user may raise right behind it.
         self.selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
         with theirs:
             try:
-                pid = self.nurseries[generation].spawn(child, theirs)
+                pid = nursery.spawn(child, theirs)
             except OSError as error:
                 return self.refused(child.serial, error.strerror or str(error))
         if pid is not None:
@@ -218,9 +256,10 @@ class Pool:
         self.children[child.slot] = child
         if not child.is_mute:
             self.selector.register(child.lifeline, selectors.EVENT_READ, lambda: self._hear(child))
-        self._watch(child)
+        self._attend(child)
+        self.watch.adopt()
 
-    def _watch(self, child: Child) -> None:
+    def _attend(self, child: Child) -> None:
         with suppress(OSError):  # out of descriptors: its end is told by that of the lifeline
             if child.pid is not None:
                 child.pidfd = os.pidfd_open(child.pid)
@@ -240,9 +279,11 @@ class Pool:
             return
         child.pid = pid
         self.board.words[SPAWNS] += 1
-        self._watch(child)
+        self._attend(child)
         if child.state is State.DRAINING:  # told before anybody knew its pid
             child.send(DRAIN)
+        if child.must_look:
+            child.send(LOOK)
 
     def refused(self, serial: int, reason: str) -> None:
         """The system would not fork this child: try again later."""
@@ -254,10 +295,17 @@ class Pool:
         self._spawn_refused(child.slot, child.generation, reason, advice)
 
     def _spawn_refused(self, slot: int, generation: int, reason: str, advice: str) -> None:
-        self._hold_back(slot)
-        wait = self._seconds_held_back(slot) or "0s"
+        self.held_back[slot].fail(monotonic())
+        wait = self._retry_in(slot) or "0s"
         where = {"service": self.name, "slot": slot, "gen": generation}
         self.journal.event("spawn_refused", **where, reason=reason, retry_in=wait, advice=advice)
+
+    def retire(self, child: Child, cause: str | None = None) -> None:
+        """Step one of stopping: nothing new, and a time-out to finish what it holds."""
+        child.cause = child.cause or cause
+        child.enter(State.DRAINING)
+        child.hang_up()
+        child.send(DRAIN)
 
     def kill(self, child: Child, cause: str) -> None:
         """First a signal that leaves the stacks (faulthandler), then the one that nothing withstands."""
@@ -270,11 +318,23 @@ class Pool:
             self._bury(child, None)
 
     def dump(self) -> None:
-        """Have every worker write its stacks to the log."""
+        """Have every worker write its stacks to the log, and look where that is."""
         for child in self.children.values():
             self._log("lane", child, state=child.state.value, busy=child.busy, requests=child.requests)
             if child.state is not State.BOOTING:
-                child.send(STACKS)
+                self.ask_for_stacks(child)
+        self.have_all_look()
+
+    def ask_for_stacks(self, child: Child) -> None:
+        """Have a worker write its stacks to the log, by itself or, if it does not hear, by force."""
+        child.send(STACKS)
+        self.stacks.expect(f"{self.name}#{child.slot}", lambda: child.send(STACK_OF_THE_DEAF))
+
+    def have_all_look(self) -> None:
+        """Have every worker look where the log is, and which levels loggers have. Who cannot hear yet is told later."""
+        for child in self.children.values():
+            child.must_look = child.pid is None
+            child.send(LOOK)
 
     # What the children say, and how they end.
 
@@ -301,20 +361,27 @@ class Pool:
             self.spawned(child.serial, int(rest))
             if child.state is State.BOOTING:
                 child.enter(State.READY)
+                self.recycler.is_replaced(child.slot)
+                self.watch.expect(child)
                 self._log("worker_ready", child)
         elif word == FAILED:
-            child.failure = []
+            # A keeper serves already: the lines are for the log. Of the others it is why they have not booted.
+            child.failure = None if child.state is State.READY else []
         elif word == NOTICE:
             event, fields = json.loads(rest)
             self._log(event, child, **fields)
         elif word == LEAVING:
             child.is_leaving = True
+        elif word == WORN:
+            self.recycler.look_at(child, monotonic())
+        elif word == ABANDONED:
+            child.cause = child.cause or "deadline"
         elif word == TRIED:
             pass  # and the loop turns for it, which is what it was said for
         elif word == SHUTDOWN:
             self.shutdown_asked = True
         elif line and not is_plumbing(line):
-            self.journal.text(f"{self.name}#{child.slot}", line)
+            self.stacks.add(f"{self.name}#{child.slot}", line)
 
     def reap(self, pid: int) -> bool:
         """Collect the exit status of this pid, if it is a child of the pool. Whether it was."""
@@ -335,7 +402,7 @@ class Pool:
             return self._bury(child, None)  # somebody else has reaped it
         if pid:
             self.board.words[REAPED_CPU_NS] += int((usage.ru_utime + usage.ru_stime) * 1e9)
-            self._bury(child, os.waitstatus_to_exitcode(status))
+            self._bury(child, os.waitstatus_to_exitcode(status), usage)
         return None
 
     def bury_unknown(self) -> None:
@@ -345,38 +412,32 @@ class Pool:
             if nursery is None or not nursery.may_tell:
                 self._bury(child, None)
 
-    def _bury(self, child: Child, status: int | None) -> None:
+    def _bury(self, child: Child, status: int | None, usage: struct_rusage | None = None) -> None:
         """Take a dead child off the books: ``status`` is negative for a signal, None when it was never known."""
         self._hear_last_words(child)
+        self.stacks.tell(f"{self.name}#{child.slot}")
         self._forget(child)
-        words = self.board.words
-        killed = self.board.settle_row(child.slot)
-        words[KILLED] += killed
-        words[SPAWNS] += child.pid is None  # forked after all, though nobody could tell
-        cause = _cause(child, status)
-        words[EXITS + CAUSES.index(cause)] += 1
+        usermetrics.forget(self.board.board, self.name, child.slot)
+        held = held_by(child.rows, child.urls, monotonic_ns())
+        lost = child.rows.settle()
+        is_oom = status == -signal.SIGKILL and child.cause is None and memory.ours().has_killed()
+        cause = cause_of(child, status, is_oom=is_oom)
+        has_booted = child.state is not State.BOOTING
         age = monotonic() - child.born
-        is_targets_fault = status is not None and cause in ("boot", "crash")  # and not that of a mold that was killed
-        if is_targets_fault and (cause == "boot" or is_failed_start(age, child.requests)):
-            self._hold_back(child.slot)
+        death = Obituary(cause, status, usage, age, child.requests, lost, held if lost else None, has_booted)
+        words = self.board.words
+        words[KILLED] += lost
+        words[SPAWNS] += child.pid is None  # forked after all, though nobody could tell
+        words[EXITS + CAUSES.index(cause)] += 1
+        if death.is_failed_start:
+            self.held_back[child.slot].fail(monotonic())
         else:
-            self.failed_starts.pop(child.slot, None)
-            self.not_before.pop(child.slot, None)
-        how = {"status": status} if status is None or status >= 0 else {"signal": name_of(-status)}
-        lost, wait = killed or None, self._seconds_held_back(child.slot)
-        self._log(
-            "worker_exit",
-            child,
-            cause=cause,
-            **how,
-            requests=child.requests,
-            lost=lost,
-            age=f"{age:.1f}s",
-            retry_in=wait,
-        )
+            self.held_back.pop(child.slot, None)
+        self.recycler.has_died(child.slot, of_wear=cause in WEAR and has_booted and self._is_current(child))
+        self._log("worker_exit", child, **death.fields(), retry_in=self._retry_in(child.slot))
         nursery = self.nurseries.get(child.generation)
         if nursery is not None:
-            nursery.lost(child, cause, _failure(child, status) if cause == "boot" and is_targets_fault else None)
+            nursery.lost(child, cause, death.failure(child.failure))
 
     def _hear_last_words(self, child: Child) -> None:
         with suppress(EOFError, BlockingIOError):
@@ -384,14 +445,10 @@ class Pool:
                 for line in child.hear():
                     self._heard(child, line)
 
-    def _hold_back(self, slot: int) -> None:
-        self.failed_starts[slot] = self.failed_starts.get(slot, 0) + 1
-        self.not_before[slot] = monotonic() + pause(self.failed_starts[slot])
-
-    def _seconds_held_back(self, slot: int) -> str | None:
+    def _retry_in(self, slot: int) -> str | None:
         """For the log; None when the slot is filled again at once."""
-        seconds = self.not_before.get(slot, 0.0) - monotonic()
-        return f"{seconds:.1f}s" if seconds > 0 else None
+        seconds = self.held_back[slot].seconds(monotonic()) if slot in self.held_back else 0.0
+        return f"{seconds:.1f}s" if seconds else None
 
     def _forget(self, child: Child) -> None:
         for descriptor in (child.lifeline.fileno(), child.pidfd):
@@ -402,36 +459,3 @@ class Pool:
 
     def _log(self, event: str, child: Child, **fields: object) -> None:
         self.journal.event(event, service=self.name, slot=child.slot, gen=child.generation, pid=child.pid, **fields)
-
-
-# A stack begins with what the worker does and ends with how it came to be forked: nobody needs to read that.
-_MASTERS, _WORKERS = (re.escape(os.path.dirname(str(each.__file__))) for each in (log, protocol))
-_RUNNERS = r'.*/bin/preforkd"|<frozen (?:runpy|importlib\._bootstrap(?:_external)?)>'
-_PLUMBING = re.compile(rf'  File "(?:{_MASTERS}/|{_WORKERS}/(?!lane\.py|samples\.py)|{_RUNNERS})')
-
-
-def is_plumbing(line: str) -> bool:
-    """Whether a line of a stack is about how the code came to run, and not about what it does."""
-    return _PLUMBING.match(line) is not None
-
-
-def _cause(child: Child, status: int | None) -> str:
-    """Why a child has left, in the words of CAUSES."""
-    if child.cause is not None:
-        return child.cause
-    if child.state is State.BOOTING:
-        return "boot"
-    if child.state in (State.DRAINING, State.HALF_CLOSED) and status in (0, -DRAIN):
-        return "eof" if child.was_cut else "drained"
-    return "drained" if status == 0 and child.is_leaving else "crash"
-
-
-def _failure(child: Child, status: int | None) -> str:
-    """Why a child could not boot: what it has said, or else how it ended."""
-    if child.failure is not None:
-        return "\n".join(child.failure).rstrip()
-    return f"a worker {'exited' if status is None else _how(status)} before it was ready"
-
-
-def _how(status: int) -> str:
-    return f"was killed by {name_of(-status)}" if status < 0 else f"exited with status {status}"

@@ -1,8 +1,9 @@
 """A reload: takes the roster through the phases of ``transaction.py``. It never waits, nor leaves half a change."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import monotonic
+
+from msgspec import Struct
 
 from preforkd import log
 from preforkd.plan import KILL_TIMEOUT
@@ -15,8 +16,7 @@ from preforkd.transaction import ENDS, Event, Phase, after
 ALLOWANCE = 2 * KILL_TIMEOUT
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """How a reload has ended."""
 
     result: Phase
@@ -74,6 +74,7 @@ class Reload:
     def _look(self) -> Event | None:
         match self.phase:
             case Phase.MOLDS:
+                self._note_additions()
                 event = _all([service.has_loaded() for service in self.services])
             case Phase.PROBATION:
                 event = _all([service.trial.verdict() for service in self.services if service.trial])
@@ -84,11 +85,25 @@ class Reload:
                 event = Event.SUCCEEDED if all(each.has_rolled_back() for each in self.services) else None
         return event or (Event.LATE if monotonic() >= self.deadline else None)
 
+    def _note_additions(self) -> None:
+        """Services for further servers of scripts have just begun to boot."""
+        if self.change is not None and len(self.change.loaded) > len(self.services):
+            self.services = self.roster.loading(self.change)
+            self._allow_time()
+
     def _note_progress(self) -> None:
         """Rolling may take as long as it gets on."""
         ready = sum(len(service.pool.ready(service.newest.number)) for service in self.services)
         if ready > self.ready:
-            self.ready, self.deadline = ready, monotonic() + self._boot_timeout() + ALLOWANCE
+            self.ready = ready
+            self._allow_time()
+
+    def _allow_time(self) -> None:
+        """For what this phase is about, from now on."""
+        patience = self._boot_timeout() + ALLOWANCE
+        if self.phase is Phase.PROBATION:
+            patience += max((service.newest.settings.probation for service in self.services), default=0.0)
+        self.deadline = monotonic() + patience
 
     def _boot_timeout(self) -> float:
         return max((service.newest.settings.boot_timeout for service in self.services), default=0.0)
@@ -99,22 +114,20 @@ class Reload:
         before, self.phase, self.since = self.phase, after(self.phase, event), monotonic()
         if event in (Event.FAILED, Event.LATE) and self.failed_in is None:
             self.failed_in, self.reason = before, self.reason or self._reason(event)
-        self.deadline = monotonic() + self._boot_timeout() + ALLOWANCE
         if self.phase not in ENDS and before is not Phase.SETTINGS:
             log.event("reload", gen=self.roster.generation, phase=self.phase.value)
         self._enter()
+        self._allow_time()
 
     def _enter(self) -> None:
         assert self.change is not None or self.phase is Phase.REFUSED
         match self.phase:
             case Phase.MOLDS if self.change:
                 self.services = self.roster.load(self.change)
-                self.deadline = monotonic() + self._boot_timeout() + ALLOWANCE
                 log.event("reload_started", gen=self.roster.generation, services=",".join(self.change.loaded))
             case Phase.PROBATION:
                 for service in self.services:
                     service.try_out()
-                self.deadline += max((service.newest.settings.probation for service in self.services), default=0.0)
             case Phase.ROLLING if self.change:
                 for service in self.services:
                     service.roll(self.change.checked.settings.max_old_generations)

@@ -4,9 +4,10 @@ import platform
 import selectors
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from time import monotonic, time_ns
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 from preforkd import __version__, log
 from preforkd.reload import Reload, Verdict
@@ -14,11 +15,10 @@ from preforkd.roster import Roster
 from preforkd.sources import Checked
 from preforkd.transaction import Phase
 from preforkd.upgrade import Preflight
-from preforkd_workers.scoreboard import RELOAD_NS, RELOADED_AT, RELOADS, RESULTS
+from preforkd_workers.scoreboard import RELOAD_FAILED, RELOAD_NS, RELOADED_AT, RELOADS, RESULTS
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """How a reload or an upgrade has ended."""
 
     what: Literal["reload", "upgrade"]
@@ -38,8 +38,7 @@ class Outcome:
 Tell = Callable[[Outcome], object]
 
 
-@dataclass
-class _Wanted:
+class _Wanted(Struct):
     """What comes next, and who is to be told how it has ended."""
 
     only: frozenset[str] | None = None  # of a reload: these services; None: all
@@ -209,6 +208,7 @@ class Renewals:
             why = {"phase": verdict.failed_in.value, "reason": log.summary(verdict.reason)}
         if result.value in RESULTS:
             daemon[RELOADS + RESULTS.index(result.value)] += 1
+            daemon[RELOAD_FAILED] = result is not Phase.DONE
         daemon[RELOAD_NS] = int(verdict.seconds * 1e9)
         if result is Phase.DONE:
             daemon[RELOADED_AT] = time_ns()

@@ -3,14 +3,17 @@
 import os
 import selectors
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
+from msgspec import Struct, field
 from msgspec.structs import replace
 
-from preforkd import log, settings
+from preforkd import datagrams, log, settings
+from preforkd.addresses import Address
 from preforkd.descriptors import Inherited, Place, places
-from preforkd.listeners import Address, Bound, ListenError, Rules
+from preforkd.levels import WHOLE, Levels
+from preforkd.listeners import Bound, ListenError, Rules
 from preforkd.notify import Manager
+from preforkd.scripts import Scripts, binds_for_itself
 from preforkd.service import Service
 from preforkd.sources import EXPORTER, Checked, Faults, changes_that_need_a_restart
 from preforkd_workers.scoreboard import Scoreboard
@@ -20,8 +23,7 @@ EXPORTER_SERVICE = settings.Service(
 )
 
 
-@dataclass
-class Change:
+class Change(Struct):
     """What is to be served from now on, and what that changes. The listeners for it are open."""
 
     checked: Checked
@@ -32,6 +34,12 @@ class Change:
 
     def settings_of(self, name: str) -> settings.Service:
         return EXPORTER_SERVICE if name == EXPORTER else self.checked.settings.services[name]
+
+    def take_up(self, name: str) -> None:
+        """Have a service that no setting names: a script has made a server more."""
+        self.loaded[name] = []
+        if name in self.removed:
+            self.removed.remove(name)
 
 
 class Roster:
@@ -54,6 +62,9 @@ class Roster:
         self.services: dict[str, Service] = {}
         self.leaving: list[Service] = []
         self.bound: list[Bound] = []
+        self.scripts = Scripts(self)
+        self.change: Change | None = None  # that is loaded, and not in effect yet
+        self.levels = Levels(checked.settings.log_levels)
 
     def __iter__(self) -> Iterator[Service]:
         """Every service, the exporter and those that are leaving included."""
@@ -77,14 +88,19 @@ class Roster:
         if only is not None:
             checked, names = self._narrowed(checked, only), [name for name in names if name in only]
         faults = changes_that_need_a_restart(self.checked, checked)
-        removed = [name for name in self.services if name not in _names(checked)]
+        if (reason := log.fault(checked.settings.log_file)) is not None:
+            faults.append(f"log_file: {reason}")
+        removed = [
+            name for name in self.services if name not in _names(checked) and not self._stays(name, checked, names)
+        ]
         change = Change(checked, {name: [] for name in names}, removed)
         missing = {name: self._hold(change, name) for name in names}
         for bound, address, _ in change.held:
             faults += [f"{_where(_service_of(change, bound))}: {why}" for why in [bound.cannot_become(address)] if why]
         try:
             found = places(missing, self.inherited, {bound.name for bound in self.bound})
-            self.inherited.let_go(self.manager)
+            if not any(binds_for_itself(change.settings_of(name)) for name in names):  # or else it may be for them
+                self.inherited.let_go(self.manager)
             for place in found:
                 self._open(change, place, faults)
         except ListenError as refusal:
@@ -96,6 +112,11 @@ class Roster:
                 made.close()
             raise Faults(faults)
         return change
+
+    def _stays(self, name: str, checked: Checked, loaded: Sequence[str]) -> bool:
+        """Whether a service that no setting names stays as it is, as does the one that it is part of."""
+        whole = self.services[name].newest.settings.part_of
+        return whole in _names(checked) and whole not in loaded
 
     def _lacks_room(self, change: Change) -> list[str]:
         """Whether the scoreboard cannot hold what would be there, old and new together."""
@@ -160,25 +181,37 @@ class Roster:
     def load(self, change: Change) -> list[Service]:
         """Begin with a generation more of the services concerned."""
         self.generation += 1
+        self.change = change
+        log.expect(change.checked.settings.log_format, change.checked.settings.log_file)
         for name, listeners in change.loaded.items():
-            service = self.services[name] = self.services.get(name) or self._found(name)
+            service = self.found(name)
             service.load(self.generation, change.settings_of(name), listeners)
         for made in change.opened:
             log.event("listening", service=_service_of(change, made), url=made.listener.url)
+            datagrams.tell_receive_buffer(made.listener.socket, made.listener.url, made.rules.receive_buffer)
         self.bound += change.opened
+        return self.loading(change)
+
+    def loading(self, change: Change) -> list[Service]:
+        """The services that are loaded by now."""
         return [self.services[name] for name in change.loaded]
 
-    def _found(self, name: str) -> Service:
-        """A service that is new, or that was leaving."""
-        for service in self.leaving:
-            if service.name == name:
-                self.leaving.remove(service)
-                return service
-        return Service(name, self.board, self.selector)
+    def found(self, name: str) -> Service:
+        """The service of this name: one that is there, that was leaving, or that is new."""
+        was_leaving = next((service for service in self.leaving if service.name == name), None)
+        if was_leaving is not None:
+            self.leaving.remove(was_leaving)
+        if name not in self.services:
+            self.services[name] = was_leaving or Service(name, self.board, self.selector, self.scripts)
+        return self.services[name]
 
     def commit(self, change: Change) -> None:
         """The change is in effect: let go of what it has replaced."""
         self.checked = change.checked
+        self.change = None
+        log.adopt(self.checked.settings.log_format, self.checked.settings.log_file)
+        self.levels.declare(self.checked.settings.log_levels)
+        self.tell_levels()
         for name in change.loaded:
             self.services[name].commit()
         for bound, address, rules in change.held:
@@ -189,25 +222,36 @@ class Roster:
         for name in change.removed:
             self._remove(name)
         wanted = [bound for service in self.services.values() for bound in service.listeners]
-        self._close([bound for bound in self.bound if bound not in wanted])
+        self.close_listeners([bound for bound in self.bound if bound not in wanted])
 
     def roll_back(self, change: Change) -> None:
         """Have everything again as it was before the change."""
+        self.change = None
+        log.expect(self.checked.settings.log_format, self.checked.settings.log_file)
         for name in change.loaded:
             self.services[name].roll_back(change.checked.settings.max_old_generations)
             if self.services[name].current is None:
                 self._remove(name)
-        self._close(change.opened)
+        self.close_listeners(change.opened)
 
     def _remove(self, name: str) -> None:
         self.services[name].stop()
         self.leaving.append(self.services.pop(name))
 
-    def _close(self, listeners: Sequence[Bound]) -> None:
+    def close_listeners(self, listeners: Sequence[Bound]) -> None:
+        """Have them no more, and nobody of ours."""
         for bound in listeners:
             log.event("closed", url=bound.listener.url)
             bound.retire()
         self.bound = [bound for bound in self.bound if bound not in listeners]
+
+    def tell_levels(self) -> None:
+        """Have the log, and every worker, those to come included, know the levels, if they are not as they were."""
+        log.set_level(self.levels.own or WHOLE)
+        if self.board.log_levels != self.levels.of_targets:
+            self.board.keep_log_levels(self.levels.of_targets)
+            for service in self:
+                service.pool.have_all_look()
 
     def settle(self) -> None:
         """Settle every service, and forget those that are gone."""
@@ -220,11 +264,13 @@ class Roster:
     def close(self) -> None:
         """Close every listener that we have opened."""
         for bound in self.bound:
+            if bound.is_ours_alone:
+                datagrams.tell_what_is_left(bound.listener.socket, bound.listener.url)
             bound.close()
 
 
 def rules_of(wanted: settings.Service) -> Rules:
-    return Rules(wanted.request_queue_size, wanted.allow_reuse_address, wanted.allow_reuse_port)
+    return Rules(wanted.request_queue_size, wanted.allow_reuse_address, wanted.allow_reuse_port, wanted.receive_buffer)
 
 
 def not_passed(checked: Checked) -> list[str]:

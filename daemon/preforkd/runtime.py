@@ -4,15 +4,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 SOCKET = "control.sock"
 _SYSTEM = "/run"
 _LONGEST_ADDRESS = 107  # bytes, unix(7): sun_path less its terminating NUL
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where the control socket is, and whether somebody has said so."""
 
     path: str
@@ -22,8 +22,10 @@ class Place:
 
 def directories(name: str, environment: Mapping[str, str]) -> list[str]:
     """Where the files of the daemon of this name may be. The daemon takes the first."""
-    given = environment.get("RUNTIME_DIRECTORY", "").partition(":")[0]  # systemd.exec(5): several, if so configured
-    return [given] if given else [os.path.join(parent, _safe(name)) for parent in parents(environment)]
+    # Several, if so configured, and sorted (systemd.exec(5)).
+    given = [*filter(None, environment.get("RUNTIME_DIRECTORY", "").split(":"))]
+    own = [path for path in given if path.endswith(f"/preforkd/{safe(name)}")] or given[:1]
+    return own or [os.path.join(parent, safe(name)) for parent in parents(environment)]
 
 
 def parents(environment: Mapping[str, str]) -> list[str]:
@@ -67,6 +69,6 @@ def address_of(path: str) -> Iterator[str]:
         os.close(directory)
 
 
-def _safe(name: str) -> str:
+def safe(name: str) -> str:
     """The name as that of a directory: a daemon may be called after a path."""
     return re.sub(r"[^\w.@:-]", "_", name).lstrip(".") or "preforkd"

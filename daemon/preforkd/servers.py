@@ -10,26 +10,34 @@ import os
 import selectors
 import signal
 import socketserver
-import sys
 import threading
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from socket import SOCK_STREAM
 from socket import socket as Socket  # noqa: N812 - servers have an attribute of the name
 from socketserver import *  # noqa: F403 - all of it is offered here as well
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NoReturn, Self
 from weakref import WeakSet
 
 from preforkd.children import Child
-from preforkd.plan import Timeouts, Wanted
+from preforkd.plan import State, Timeouts, Wanted
 from preforkd.pool import Pool
+from preforkd.threadpool import (
+    ThreadPoolMixIn,
+    ThreadPoolTCPServer,
+    ThreadPoolUDPServer,
+    ThreadPoolUnixDatagramServer,
+    ThreadPoolUnixStreamServer,
+)
 from preforkd.wakeup import held
-from preforkd_workers import prctl, process
+from preforkd.wear import ENDLESS, Endurance
+from preforkd_workers import extras, prctl, process
 from preforkd_workers.adoption import AdoptableSocket
 from preforkd_workers.lifeline import Lifeline
 from preforkd_workers.protocol import DRAIN
-from preforkd_workers.scoreboard import Scoreboard
+from preforkd_workers.scoreboard import Rows, Scoreboard
+from preforkd_workers.spec import UNLIMITED
 
 __all__ = [
     "PreForkingMixIn",
@@ -37,8 +45,16 @@ __all__ = [
     "PreForkingUDPServer",
     "PreForkingUnixDatagramServer",
     "PreForkingUnixStreamServer",
+    "ThreadPoolMixIn",
+    "ThreadPoolTCPServer",
+    "ThreadPoolUDPServer",
+    "ThreadPoolUnixDatagramServer",
+    "ThreadPoolUnixStreamServer",
 ]
 __all__ += socketserver.__all__
+
+# How long a server that is closed waits for workers of others to let go of its socket, in seconds.
+LETTING_GO = 5.0
 
 _logger = logging.getLogger("preforkd")
 
@@ -76,6 +92,8 @@ class PreForkingMixIn(socketserver.BaseServer):
     graceful_timeout = 30.0
     eof_timeout = 5.0
     draining = False
+    extend_deadline = extras.extend_deadline
+    mark = extras.mark
 
     socket: Socket
     _crew: "_Crew | None" = None
@@ -107,6 +125,7 @@ class PreForkingMixIn(socketserver.BaseServer):
         ``poll_interval``, in seconds, is the longest time between two calls of ``service_actions()``; None: for ever.
         """
         self._BaseServer__is_shut_down.clear()
+        _serving.add(self)
         patience = float("inf") if poll_interval is None else poll_interval
         try:
             while not self._BaseServer__shutdown_request:
@@ -122,6 +141,7 @@ class PreForkingMixIn(socketserver.BaseServer):
             self._dismiss()
             with suppress(OSError):  # closed already
                 self.socket.settimeout(self.socket.gettimeout())  # as it was before workers shared it
+            _serving.discard(self)
             self._BaseServer__shutdown_request = False
             self._BaseServer__is_shut_down.set()
 
@@ -165,6 +185,7 @@ class PreForkingMixIn(socketserver.BaseServer):
         if self._crew is not None and not self.block_on_close:
             self._singles = self._crew.let_go() | (self._singles or set())
             self._crew = None
+        self._wait_for_newborns()
 
     def _dismiss(self) -> None:
         """Tell the workers to finish."""
@@ -178,6 +199,18 @@ class PreForkingMixIn(socketserver.BaseServer):
         if self._crew is not None:
             self._crew.let_go()
             self._crew = None
+
+    def _wait_for_newborns(self) -> None:
+        """Wait for workers of other servers that are just forked: until they are ready, our port may be theirs too."""
+        end = monotonic() + LETTING_GO
+        while any(server._has_newborns for server in [*_serving] if server is not self) and monotonic() < end:
+            sleep(0.001)
+
+    @property
+    def _has_newborns(self) -> bool:
+        """Whether a worker may not have let go yet of what is not its own."""
+        crew = self._crew  # which its own thread may put away meanwhile
+        return crew is not None and any(child.state is State.BOOTING for child in [*crew.pool.children.values()])
 
     # One request at a time.
 
@@ -196,7 +229,7 @@ class PreForkingMixIn(socketserver.BaseServer):
         """In a worker, finish the request. In the master, which accepts only in ``handle_request()``, fork for it."""
         if self._lifeline is not None:
             return super().process_request(request, client_address)
-        _flush()
+        process.flush()
         pid = os.fork()
         if pid == 0:
             self._finish_in_child(request, client_address)
@@ -220,18 +253,19 @@ class PreForkingMixIn(socketserver.BaseServer):
 
     # The worker's side.
 
-    def _work(self, lifeline: Lifeline, row: memoryview, poll_interval: float | None) -> None:
+    def _work(self, lifeline: Lifeline, rows: Rows, poll_interval: float | None) -> None:
         """Serve as a worker until the lifeline ends."""
         self._lifeline = lifeline
         self._share_socket()
         for hook in ("process_request", "service_actions"):  # where nobody overrides ours, do without the detour
             if getattr(type(self), hook) is getattr(PreForkingMixIn, hook):
                 setattr(self, hook, getattr(super(), hook))
-        worker = process.Worker([self], lifeline, row, self.graceful_timeout, self.eof_timeout)
+        worker = process.Worker([self], lifeline, rows, self.graceful_timeout, self.eof_timeout)
+        worker.begin(rows)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        process.open_for_service(row, lifeline)
-        worker.lane.run(poll_interval)
-        worker.tally.wait()
+        worker.open_for_service()
+        worker.run(poll_interval)
+        worker.wait()
 
     def _share_socket(self) -> None:
         """Taking a request must not wait when another worker was quicker; a handler's own ``sendto`` waits as ever."""
@@ -246,11 +280,17 @@ class PreForkingMixIn(socketserver.BaseServer):
 # Every server of this process: a worker lets go of those that are not its own.
 _servers: WeakSet[PreForkingMixIn] = WeakSet()
 
+# Those whose loop runs.
+_serving: set[PreForkingMixIn] = set()
+
 
 class _Crew:
     """The pool of one ``serve_forever()``, its selector, and the fork that makes its workers."""
 
     ready = True  # we fork ourselves, at once
+    lanes = 1
+    limits = UNLIMITED
+    urls = ()
     may_tell = False  # and know the pid when that returns
 
     def __init__(self, server: PreForkingMixIn, poll_interval: float | None) -> None:
@@ -273,7 +313,7 @@ class _Crew:
             self.server._BaseServer__shutdown_request = True
 
     def pids(self) -> set[int]:
-        return {child.pid for child in self.pool.children.values() if child.pid is not None}
+        return {child.pid for child in [*self.pool.children.values()] if child.pid is not None}
 
     def let_go(self) -> set[int]:
         """Close every descriptor of ours, which tells whoever is left that we are gone. Returns their pids."""
@@ -286,12 +326,15 @@ class _Crew:
 
     def spawn(self, child: Child, end: Socket) -> int:
         """Fork a worker (the pool's nursery)."""
-        _flush()
+        process.flush()
         with held(signal.valid_signals()):
             pid = os.fork()
             if pid == 0:
                 process.leave(lambda: self._be_worker(child, end))
         return pid
+
+    def endurance(self) -> Endurance:
+        return ENDLESS
 
     def lost(self, child: Child, cause: str, failure: str | None) -> None:
         """The journal has said it, and the pool tries again."""
@@ -306,8 +349,8 @@ class _Crew:
             if server._crew is not None:
                 server._crew.let_go()
         prctl.signal_on_parent_death(DRAIN)  # sent, too, when the thread that forked us ends, which has hung up by then
-        process.claim(child.row, generation=1)
-        self.server._work(Lifeline(end), child.row, self.poll_interval)
+        process.claim(child.rows[0], generation=1)
+        self.server._work(Lifeline(end), child.rows, self.poll_interval)
 
 
 def _wait_for_any(pids: Iterable[int], end: float | None) -> bool:
@@ -318,13 +361,6 @@ def _wait_for_any(pids: Iterable[int], end: float | None) -> bool:
             descriptors.callback(os.close, descriptor)
             selector.register(descriptor, selectors.EVENT_READ)
         return bool(selector.select(None if end is None else max(0.0, end - monotonic())))
-
-
-def _flush() -> None:
-    """Write out what is buffered, lest a child writes it a second time."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
 
 
 class PreForkingTCPServer(PreForkingMixIn, socketserver.TCPServer):

@@ -3,25 +3,32 @@
 import selectors
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from time import monotonic
+
+from msgspec.structs import replace
 
 from preforkd import log, settings
 from preforkd.backlog import sample
-from preforkd.children import Child
-from preforkd.generations import Generation, spec_of
+from preforkd.breathing import Breathing
+from preforkd.door import TurnedAway
+from preforkd.generations import Generation, Host, spec_of
 from preforkd.listeners import Bound
 from preforkd.plan import State, Timeouts, Wanted
 from preforkd.pool import Pool
+from preforkd.sizing import Bounds
 from preforkd.transaction import Count, Event, Probation, judge, judge_roll
-from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, Scoreboard
+from preforkd_workers.protocol import LOOK
+from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, CAPACITY, DROPS, ENDS, HELD_BACK, Scoreboard
 
 
 class Service:
     """One service. Its pool outlives its generations."""
 
-    def __init__(self, name: str, board: Scoreboard, selector: selectors.BaseSelector) -> None:
+    def __init__(
+        self, name: str, board: Scoreboard, selector: selectors.BaseSelector, host: Host | None = None
+    ) -> None:
         self.name = name
+        self.host = host
         self.scoreboard = board
         self.board = board.add(name)
         self.selector = selector
@@ -29,10 +36,11 @@ class Service:
         self.current: Generation | None = None
         self.next: Generation | None = None
         self.pool = Pool(name, selector, self.board, self.generations, Wanted(0, generation=0), Timeouts())
+        self.breathing = Breathing(self.pool)
+        self.turned_away = TurnedAway(name, self.board)
         self.wanted_before = self.pool.wanted
         self.trial: Trial | None = None
         self.block_on_close = True
-        self.size_on_refill: int | None = None  # of the pool of nobody, as settings loaded since the drain want it
 
     @property
     def newest(self) -> Generation:
@@ -51,13 +59,15 @@ class Service:
     def load(self, number: int, wanted: settings.Service, listeners: Sequence[Bound]) -> None:
         """Begin with the next generation: its mold is forked as soon as the service is settled."""
         self.next = self.restore(number, wanted, listeners)
+        if self.current is not None and wanted.max_children == self.current.settings.max_children:
+            self.next.scaled_to = self.current.scaled_to  # or else the settings have the last word
         self.wanted_before = self.pool.wanted
-        self._list_listeners()
+        self.list_listeners()
 
     def restore(self, number: int, wanted: settings.Service, listeners: Sequence[Bound]) -> Generation:
         """Have the record of a generation, with a mold or without."""
         spec = spec_of(self.name, number, wanted, listeners, self.scoreboard)
-        generation = Generation(number, wanted, listeners, spec, self.pool, self.selector)
+        generation = Generation(number, wanted, listeners, spec, self.pool, self.selector, self.host)
         self.generations[number] = generation
         return generation
 
@@ -68,13 +78,13 @@ class Service:
     def try_out(self) -> None:
         """Have one worker of the next generation serve, beside those of the current one if there is one."""
         number, wanted = self.newest.number, self.newest.settings
-        nobody_serves = self.current is not None and not self.pool.size
-        self.trial = Trial(self.newest, self.pool, has_passed=nobody_serves or not wanted.probation)
+        self.trial = Trial(self.newest, self.current, self.pool, has_passed=self.is_drained or not wanted.probation)
         if self.trial.has_passed:
             return
         if self.current is None:
             self.pool.timeouts = self.newest.timeouts
-            self.pool.want(Wanted(1, number))
+            self.pool.want(Wanted(0, number))
+            self.breathing.begin(Bounds(1))
         else:
             now = self.pool.wanted
             # One patience for all who boot; that of a generation that boots more slowly is enough for the other.
@@ -86,21 +96,24 @@ class Service:
 
     def roll(self, max_old_generations: int) -> None:
         """Replace the workers of every other generation by those of the next one."""
-        wanted, size = self.newest.settings, self.newest.settings.max_children
-        if self.current is not None and (self._has_size_of(self.current) or not self.pool.size):
-            size = self.pool.size
+        wanted = self.newest.settings
         self.pool.timeouts = self.newest.timeouts
+        self._tell_who_ends(stays=self.newest.listeners)
         self.pool.want(
             replace(
                 self.pool.wanted,
-                size=size,
                 generation=self.newest.number,
+                spare=wanted.spare_workers,
                 trial=None,
                 max_surge=wanted.max_surge,
                 max_unavailable=wanted.max_unavailable,
                 hurried=self._hurried(self.current, max_old_generations),
             )
         )
+        if self.current is None:
+            self.breathing.begin(self.newest.bounds)
+        else:
+            self.breathing.limit(self.newest.bounds)
 
     def has_rolled(self) -> Event | None:
         """Whether all workers are of the generation that is wanted, or too many of them have failed."""
@@ -113,26 +126,24 @@ class Service:
         failed.let_go()
         if self.current is None:
             return self.stop()
-        size = self.pool.size if self._has_size_of(failed) else self.wanted_before.size
         now, hurried = self.pool.wanted, self._hurried(failed, max_old_generations)
         self.pool.timeouts = self.current.timeouts
-        self.pool.want(replace(self.wanted_before, size=size, haste=now.haste, hurried=hurried))
-        self._list_listeners()
+        self.pool.want(replace(self.wanted_before, haste=now.haste, hurried=hurried))
+        self.breathing.limit(self.current.bounds)
+        self.list_listeners()
         return None
 
     def has_rolled_back(self) -> bool:
         """Whether the old generation is whole again, or cannot be for now: its mold is gone, and none starts again."""
-        return self.pool.is_full or bool(self.current and self.current.failed_molds)
+        return self.pool.is_full or bool(self.current and self.current.held_back.failed_starts)
 
     def commit(self) -> None:
         """The next generation is the current one from now on."""
         if self.current is not None:
-            if not self.pool.size and not self._has_size_of(self.current):
-                self.size_on_refill = self.newest.settings.max_children
             self.current.let_go()
         self.current, self.next, self.trial = self.newest, None, None
         self.block_on_close = self.current.settings.block_on_close
-        self._list_listeners()
+        self.list_listeners()
 
     def _hurried(self, outdated: Generation | None, most: int) -> frozenset[int]:
         """The generations that have been leaving for longest, as this one begins to leave and only so many may."""
@@ -140,9 +151,22 @@ class Service:
         leaving = [number for number in self.pool.draining() if number not in others]
         return frozenset(leaving[: max(0, len(leaving) + (outdated is not None) - most)])
 
-    def _has_size_of(self, other: Generation) -> bool:
-        """Whether the settings agree on the size: then what an operator has said of it since goes on."""
-        return self.current is not None and self.newest.settings.max_children == other.settings.max_children
+    # What an operator says of the size.
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether no workers are wanted for the time being."""
+        return self.breathing.is_drained
+
+    def scale(self, to: int | None = None, by: int = 0) -> None:
+        """Move the limit of the pool: to so many workers, or by so many. A reload under way keeps that, either way."""
+        for generation in [each for each in (self.current, self.next) if each is not None]:
+            before = generation.bounds.most
+            wanted = before + by if to is None else to
+            generation.scaled_to = max(1, min(wanted, settings.MOST_CHILDREN))
+            if generation.number == self.pool.wanted.generation:
+                log.event("resized", service=self.name, workers=generation.scaled_to, before=before)
+                self.breathing.limit(generation.bounds)
 
     # What is to be done now.
 
@@ -152,15 +176,25 @@ class Service:
             generation.settle()
             if generation.is_gone:
                 del self.generations[generation.number]
+        self.breathing.settle()
+        self.board.words[CAPACITY] = self.capacity
         self.pool.settle()
+
+    @property
+    def capacity(self) -> int:
+        """How many requests the service may hold at a time; 0 when that is for nobody to say."""
+        lanes = [each.settings.lanes for each in (self.current, self.next) if each is not None]
+        return self.breathing.bounds.most * max(lanes, default=0)
 
     def wake_at(self) -> float:
         times = [generation.wake_at() for generation in self.generations.values()]
+        times.append(self.breathing.wake_at())
         return min(self.pool.wake_at(), self.trial.wake_at() if self.trial else float("inf"), *times)
 
     def stop(self) -> None:
         """Want no workers any more, and so no molds."""
-        self.pool.resize(0)
+        self._tell_who_ends(stays=())
+        self.breathing.stop()
         for generation in self.generations.values():
             generation.let_go()
         self.current = self.next = self.trial = None
@@ -198,7 +232,21 @@ class Service:
         has_molds = any(generation.leaving for generation in self.generations.values())
         return has_molds or (self.block_on_close and bool(self.pool.children))
 
+    def look_after_log(self) -> None:
+        """Have molds and workers follow the log's file."""
+        for generation in self.generations.values():
+            if generation.mold is not None:
+                generation.mold.kill(LOOK)
+        self.pool.have_all_look()
+
     # What the master shows.
+
+    def beat(self) -> None:
+        """Show what is seen now and then, whatever is wanted."""
+        self.sample_listeners()
+        self.board.words[HELD_BACK] = self.pool.count_held_back()
+        if any(generation.limits.has_door for generation in self.generations.values()):
+            self.turned_away.tell()
 
     def sample_listeners(self) -> None:
         """Write what waits at each listener to the scoreboard."""
@@ -208,8 +256,15 @@ class Service:
                 found = words[each.listener.url]
                 found[BACKLOG], found[BACKLOG_LIMIT], found[DROPS] = sample(each.listener.socket)
 
-    def _list_listeners(self) -> None:
+    def list_listeners(self) -> None:
         self.scoreboard.list_listeners(self.name, [bound.listener.url for bound in self.listeners])
+        self._tell_who_ends(stays=self.listeners)
+
+    def _tell_who_ends(self, stays: Sequence[Bound]) -> None:
+        """Have the lanes know which listeners they are the last to serve."""
+        urls = {bound.listener.url for bound in stays}
+        for url, words in self.board.listeners().items():
+            words[ENDS] = url not in urls
 
     def dump(self) -> None:
         """Write the state of every lane, and all stacks, to the log."""
@@ -220,26 +275,27 @@ class Service:
 
 
 class Trial:
-    """The probation of one worker of a new generation, beside the old ones."""
+    """The probation of one worker of a new generation, beside the old ones: of one after the other, if they are soon
+    worn."""
 
-    def __init__(self, generation: Generation, pool: Pool, has_passed: bool) -> None:
+    def __init__(self, generation: Generation, old: Generation | None, pool: Pool, has_passed: bool) -> None:
         wanted = generation.settings
         self.rules = Probation(wanted.probation, wanted.probation_requests, wanted.probation_max_error_ratio)
-        self.generation = generation
+        self.generation, self.old = generation, old
         self.pool = pool
-        self.worker: Child | None = None  # once it is ready
-        self.old_before: dict[int, tuple[int, int]] = {}
+        self.since: float | None = None  # when the first worker was ready
+        self.old_before = Count()
         self.has_passed = has_passed
 
     def verdict(self) -> Event | None:
         """What it has come to by now; None: it goes on."""
         if self.generation.has_failed or self.generation.crashes:
             return Event.FAILED
-        if self.worker is None:
+        if self.since is None:
             self._begin()
-        if self.worker is not None and not self.has_passed:
-            new = Count(self.worker.requests, self.worker.errors)
-            event = judge(monotonic() - self.worker.since, self.rules, new, self._old())
+        if self.since is not None and not self.has_passed:
+            new = self.generation.count()
+            event = judge(monotonic() - self.since, self.rules, new, self._old())
             if event is Event.FAILED:
                 self.generation.failure = f"on probation {new.errors} of {new.requests} requests have raised"
                 return event
@@ -247,23 +303,17 @@ class Trial:
         return Event.SUCCEEDED if self.has_passed else None
 
     def wake_at(self) -> float:
-        if self.worker is None or self.has_passed:
+        if self.since is None or self.has_passed:
             return float("inf")
-        return self.worker.since + self.rules.seconds
+        return self.since + self.rules.seconds
 
     def _begin(self) -> None:
-        """Once the worker is ready, the window opens in which it is compared with the old ones."""
-        self.worker = next(iter(self.pool.ready(self.generation.number)), None)
-        self.old_before = {child.serial: (child.requests, child.errors) for child in self._old_workers()}
+        """Once a worker is ready, the window opens in which it is compared with the old ones."""
+        worker = next(iter(self.pool.ready(self.generation.number)), None)
+        if worker is not None:
+            self.since, self.old_before = worker.since, self.old.count() if self.old else Count()
 
     def _old(self) -> Count:
         """What the old workers have done in the same window."""
-        requests = errors = 0
-        for child in self._old_workers():
-            requests_before, errors_before = self.old_before.get(child.serial, (0, 0))
-            requests += child.requests - requests_before
-            errors += child.errors - errors_before
-        return Count(requests, errors)
-
-    def _old_workers(self) -> list[Child]:
-        return self.pool.ready(self.pool.wanted.generation)
+        now = self.old.count() if self.old else Count()
+        return Count(now.requests - self.old_before.requests, now.errors - self.old_before.errors)

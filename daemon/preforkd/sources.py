@@ -5,16 +5,21 @@ the first fault, so that all are said at once.
 """
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from preforkd.listeners import Address, AddressError, parse
-from preforkd.settings import DAEMON, SERVICE, Service, Setting, Settings
+from preforkd import wear
+from preforkd.addresses import Address, AddressError, parse
+from preforkd.setting import Setting
+from preforkd.settings import DAEMON, SERVICE, Service, Settings
+from preforkd.sizing import Bounds
+from preforkd_workers.scoreboard import MOST_LANES
+from preforkd_workers.spec import is_script
+from preforkd_workers.spelling import hint
 
 ENVIRONMENT = "PREFORKD_"
 # What Kubernetes sets in every container beside a Service that is called preforkd: not meant for us.
@@ -22,8 +27,7 @@ _KUBERNETES = ("PREFORKD_SERVICE_HOST", "PREFORKD_SERVICE_PORT", "PREFORKD_PORT"
 EXPORTER = "metrics"  # the service of the exporter; no other may have the name
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(Struct, frozen=True):
     """A value and its origin. ``service``: of which one; None: of the daemon, or else of every service."""
 
     where: str
@@ -41,8 +45,7 @@ class Faults(Exception):
         self.lines = list(lines)
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """Settings without a fault, and their addresses understood."""
 
     settings: Settings
@@ -51,6 +54,8 @@ class Checked:
 
 def from_file(path: str) -> tuple[list[Value], list[str]]:
     """The values in a TOML file, and the faults of its shape. Raises Faults when it cannot be read at all."""
+    import tomllib  # here and not above: a daemon of one handler has no file
+
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
@@ -117,6 +122,10 @@ def _meant(name: str | None, services: Mapping[str, object]) -> str | None:
     return alike[0] if name not in services and len(alike) == 1 else name
 
 
+# Schemes of addresses that take datagrams; of a descriptor it is not known yet.
+_DATAGRAMS = {"udp", "unix-dgram"}
+
+
 class _Layers:
     """The values that have won so far, where they came from, and the faults."""
 
@@ -160,22 +169,75 @@ class _Layers:
                 self._fault(f"services.{service}", "the name is the exporter's; choose another")
             if "target" not in values and (service, "target") not in self.unusable:
                 self._fault(f"services.{service}.target", "required: what to serve, as module:name")
-            if not values.get("listen") and (service, "listen") not in self.unusable:
+            runs_script = is_script(values.get("target", ""))
+            if runs_script:
+                self._check_script(service, values)
+            elif not values.get("listen") and (service, "listen") not in self.unusable:
                 self._fault(self._origin(service, "listen"), "at least one address, such as tcp://127.0.0.1:9999")
+            if values.get("kind") == "gevent" and find_spec("gevent") is None:
+                self._fault(self._origin(service, "kind"), "gevent is not installed: pip install 'preforkd[gevent]'")
+            self._check_lanes(service, values)
             if values.get("max_surge", 1) == values.get("max_unavailable", 0) == 0:
                 self._fault(self._origin(service, "max_surge"), "at least 1, or max_unavailable at least 1")
+            wanted = Service(**{"target": "", **values})
+            for key, fault in (*Bounds.of(wanted).contradictions(), *wear.contradictions(wanted)):
+                self._fault(self._origin(service, key), fault)
+            for key in ("args", "server") if not runs_script else ():
+                if key in values:
+                    self._fault(
+                        self._origin(service, key), "is for a script, file.py or -m module, and no other target"
+                    )
+        if self.daemon.get("log_format") == "json" and find_spec("pythonjsonlogger") is None:
+            self._fault("log_format", "python-json-logger is not installed: pip install 'preforkd[json]'")
+        lanes = sum(_lanes(values) for values in self.services.values())
+        if lanes > MOST_LANES:
+            self._fault("services", f"{lanes} lanes of all workers; want at most {MOST_LANES}, threads or greenlets")
         addresses = self._addresses()
+        for service in self.services:
+            self._check_kinds(service, {address.scheme for address in addresses.get(service, ())})
         if self.faults:
             raise Faults(self.faults)
         services = {name: Service(**values) for name, values in self.services.items()}
         return Checked(Settings(**self.daemon, services=services), addresses)
+
+    def _check_lanes(self, service: str, values: Mapping[str, Any]) -> None:
+        """Whether somebody wants many lanes, and has forgotten to say of which kind."""
+        for key, kind in ("threads", "thread"), ("greenlets", "gevent"):
+            if key in values and "kind" not in values and (service, "kind") not in self.unusable:
+                self._fault(self._origin(service, key), f"is for another kind of worker; set kind = {kind} as well")
+
+    def _check_script(self, service: str, values: Mapping[str, Any]) -> None:
+        """What cannot be said of a script."""
+        if values.get("handler"):
+            self._fault(self._origin(service, "handler"), "a script brings its own")
+        if not values.get("preload", True):
+            self._fault(self._origin(service, "preload"), "a script runs once, in the mold, and not in each worker")
+        if len(values.get("listen", ())) > 1:
+            several = "one server has one socket; for a script's second: a service with server = 2 and its own listen"
+            self._fault(self._origin(service, "listen"), several)
+        for other, theirs in self.services.items():
+            if other == service:
+                return
+            if _served_by(theirs) == _served_by(values):
+                self._fault(
+                    self._origin(service, "target"), f"server {_served_by(values)[-1]} of it is served by {other}"
+                )
+
+    def _check_kinds(self, service: str, schemes: set[str]) -> None:
+        """Whether what is for connections has connections to be for."""
+        values, datagrams = self.services[service], schemes & _DATAGRAMS
+        for key in ("idle_timeout", "max_per_client"):
+            if values.get(key) and schemes and schemes == datagrams:
+                self._fault(self._origin(service, key), "is for connections, and the service has none: only datagrams")
+        if values.get("when_full") == "close" and datagrams:
+            self._fault(self._origin(service, "when_full"), "close is for connections; datagrams cannot be turned away")
 
     def _addresses(self) -> dict[str, list[Address]]:
         """Every address, understood, with no two alike."""
         urls = [(self._origin(name, "listen"), name, url) for name in self.services for url in self._listen(name)]
         if self.daemon.get("metrics"):
             urls.append((EXPORTER, EXPORTER, self.daemon["metrics"]))
-        found: dict[str, list[Address]] = {}
+        found: dict[str, list[Address]] = {service: [] for service in self.services}
         taken: dict[object, str] = {}
         for where, service, url in urls:
             try:
@@ -215,6 +277,16 @@ def changes_that_need_a_restart(before: Checked, after: Checked) -> list[str]:
     ]
 
 
+def _served_by(values: Mapping[str, Any]) -> tuple[object, ...]:
+    """Which server of which script a service is for."""
+    return values["target"], values.get("args", []), values.get("server", 1)
+
+
+def _lanes(values: Mapping[str, Any]) -> int:
+    """How many lanes a service has when all its workers are there."""
+    wanted = Service(**{"target": "", **values})
+    return wanted.max_children * wanted.lanes
+
+
 def _unknown(what: str, name: str, known: Mapping[str, object]) -> str:
-    close = get_close_matches(name, known, 1)
-    return f"unknown {what} {name!r}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"unknown {what} {name!r}{hint(name, known)}"

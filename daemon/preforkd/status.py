@@ -3,8 +3,9 @@
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING
 
+from preforkd.deaths import held_by
 from preforkd.plan import State
-from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, SINCE
+from preforkd_workers.scoreboard import BACKLOG, BACKLOG_LIMIT, DROPS, ERRORS
 
 if TYPE_CHECKING:
     from preforkd.children import Child
@@ -38,7 +39,7 @@ def _state(master: "Master") -> str:
 
 def _service(service: "Service") -> dict[str, object]:
     service.sample_listeners()
-    words = service.board.listeners()
+    words, bounds, blocks = service.board.listeners(), service.breathing.bounds, [*service.board.blocks()]
     children = [service.pool.children[slot] for slot in sorted(service.pool.children)]
     return {
         "name": service.name,
@@ -46,6 +47,9 @@ def _service(service: "Service") -> dict[str, object]:
         "generation": service.pool.wanted.generation,
         "draining": service.pool.draining(),
         "size": service.pool.size,
+        "limits": {"max_children": bounds.most, "min_spare": bounds.min_spare, "max_spare": bounds.max_spare},
+        "requests": sum(rows.ended for rows in blocks),
+        "errors": sum(rows.total(ERRORS) for rows in blocks),
         "listeners": [_listener(url, words[url]) for url in words],
         "workers": [_worker(child) for child in children],
     }
@@ -56,17 +60,22 @@ def _listener(url: str, words: memoryview) -> dict[str, object]:
 
 
 def _worker(child: "Child") -> dict[str, object]:
-    state, seconds = child.state.value, monotonic() - child.since
+    state, since, held = child.state.value, child.since, None
+    if child.state is not State.BOOTING:
+        held = held_by(child.rows, child.urls, monotonic_ns())
     if child.state is State.READY:
-        state = "busy" if child.busy else "idle"
-        if child.busy:  # since the request began; a lane and the master share the clock
-            seconds = max(0.0, (monotonic_ns() - child.row[SINCE]) / 1e9)
+        state = "busy" if held else "idle"
     return {
         "slot": child.slot,
         "generation": child.generation,
         "pid": child.pid,
         "state": state,
-        "busy": child.busy,
-        "seconds": round(seconds, 3),
+        "busy": held is not None,
+        "lanes": child.lanes,
+        "busy_lanes": child.rows.busy,
+        "seconds": round(held.seconds if held and state == "busy" else max(0.0, monotonic() - since), 3),
+        "peer": (held.peer or None) if held else None,
+        "mark": (held.mark or None) if held else None,
         "requests": child.requests,
+        "errors": child.errors,
     }

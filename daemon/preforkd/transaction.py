@@ -8,8 +8,9 @@ No clock, no process and no socket in here. ``plan.py`` has the rules by which w
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
+
+from msgspec import Struct
 
 # So many requests must have ended before their errors say anything.
 FEWEST_REQUESTS = 5
@@ -67,8 +68,7 @@ def after(phase: Phase, event: Event) -> Phase:
     return TABLE.get((phase, event), phase)
 
 
-@dataclass(frozen=True)
-class Probation:
+class Probation(Struct, frozen=True):
     """The rules of probation: how long in seconds, how many requests at most, and which share may be errors."""
 
     seconds: float
@@ -76,8 +76,7 @@ class Probation:
     max_error_ratio: float
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(Struct, frozen=True):
     """Requests that have ended in the window of the probation, and how many of them with an error."""
 
     requests: int = 0

@@ -11,9 +11,10 @@ import signal
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from time import monotonic
 from typing import Self
+
+from msgspec import Struct
 
 from preforkd import log
 from preforkd.wakeup import WakeUp, held
@@ -52,6 +53,7 @@ class Preflight:
         self.said = b""
         self.status: int | None = None
         self.is_late = False
+        self._is_closed = False
         try:
             self._reader, writer = os.pipe()
             try:
@@ -119,9 +121,12 @@ class Preflight:
         if self._reader in self.selector.get_map():
             self.selector.unregister(self._reader)
         os.close(self._reader)
+        self._is_closed = True
 
     def _hear(self) -> None:
         """Read once, for somebody may never stop talking; it is as much as the pipe holds (pipe(7))."""
+        if self._is_closed:  # what a selector reports at a time may concern what was just closed
+            return
         with suppress(BlockingIOError):
             said = os.read(self._reader, MOST_SAID)
             self.said = (self.said + said)[-MOST_SAID:]
@@ -150,8 +155,7 @@ def execute(python: str, state: int, needed: Sequence[int], environment: Mapping
     return refusal
 
 
-@dataclass(frozen=True)
-class Handed:
+class Handed(Struct, frozen=True):
     """What the successor of a master under the same pid finds at its start."""
 
     state: int  # a descriptor

@@ -1,41 +1,27 @@
-"""What ``preforkctl status`` shows. What the daemon cannot know of its workers is asked from the machine here."""
+"""What ``preforkctl status`` and ``log-level`` show.
 
-from collections.abc import Iterable, Sequence
+What the daemon cannot know of its workers is asked from the machine here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil
 
+from preforkd.formats import printable
+
 _SERVICE = ("SERVICE", "TARGET", "GEN", "WORKERS", "READY", "BUSY")
 _LISTENER = ("LISTENER", "SERVICE", "BACKLOG", "LIMIT", "DROPS")
-_WORKER = ("WORKER", "GEN", "PID", "STATE", "SINCE", "PEER", "REQUESTS", "MEMORY")
+_LEVEL = ("LOGGER", "LEVEL", "SETTINGS")
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
 
 
 def add_what_the_machine_knows(report: dict[str, Any]) -> None:
-    """Add each worker's ``peer`` (whom it serves) and ``memory`` (resident bytes); None where it cannot be told."""
-    peers = _peers()
+    """Add each worker's ``memory`` (resident bytes); None where it cannot be told."""
     for service in report["services"]:
-        ports = {urlsplit(listener["url"]).port for listener in service["listeners"] if "://" in listener["url"]}
         for worker in service["workers"]:
-            found = [peer for port, peer in peers.get(worker["pid"], ()) if port in ports]
-            worker["peer"] = ", ".join(found) or None
             worker["memory"] = _memory(worker["pid"])
-
-
-def _peers() -> dict[int, list[tuple[int, str]]]:
-    """By pid, the connections that it holds: the port at our end, and the address at the other."""
-    found: dict[int, list[tuple[int, str]]] = {}
-    try:
-        connections = psutil.net_connections("tcp")
-    except (psutil.Error, OSError):
-        return found
-    for each in connections:
-        if each.pid is not None and each.raddr and each.laddr:
-            host = f"[{each.raddr.ip}]" if ":" in each.raddr.ip else each.raddr.ip
-            found.setdefault(each.pid, []).append((each.laddr.port, f"{host}:{each.raddr.port}"))
-    return found
 
 
 def _memory(pid: int | None) -> int | None:
@@ -48,28 +34,34 @@ def _memory(pid: int | None) -> int | None:
 def table(report: dict[str, Any], is_terminal: bool) -> str:
     """The report, for people. On a terminal the headings are bold."""
     services = report["services"]
+    listeners = [
+        (each["url"], service["name"], each["backlog"], each["limit"] or None, each["drops"])
+        for service in services
+        for each in service["listeners"]
+    ]
+    workers = [(service["name"], worker) for service in services for worker in service["workers"]]
     parts = [
-        "{name}: preforkd {version} on CPython {python}, pid {pid}, {state}".format(**report)
-        + f", up {_span(report['age'])}"
-        + _now(report["now"])
-        + (f"\nlast: {report['last']}" if report["last"] else ""),
-        _columns(_SERVICE, map(_service, services), is_terminal),
-        _columns(
-            _LISTENER,
-            (
-                (each["url"], service["name"], each["backlog"], each["limit"] or None, each["drops"])
-                for service in services
-                for each in service["listeners"]
-            ),
-            is_terminal,
-        ),
-        _columns(
-            _WORKER,
-            (_worker(service["name"], worker) for service in services for worker in service["workers"]),
-            is_terminal,
-        ),
+        head(report),
+        columns(_SERVICE, map(_service, services), is_terminal),
+        columns(_LISTENER, listeners, is_terminal),
+        columns(*worker_cells(workers), is_terminal),
     ]
     return "\n\n".join(parts)
+
+
+def levels(told: dict[str, dict[str, Any]], is_terminal: bool) -> str:
+    """The levels of loggers as they are, and as the settings have them. A dash: what the code says."""
+    return columns(_LEVEL, ((name, each["level"], each["settings"]) for name, each in told.items()), is_terminal)
+
+
+def head(report: dict[str, Any]) -> str:
+    """Who it is, how it is, and what it is about."""
+    return (
+        "{name}: preforkd {version} on CPython {python}, pid {pid}, {state}".format(**report)
+        + f", up {span(report['age'])}"
+        + _now(report["now"])
+        + (f"\nlast: {report['last']}" if report["last"] else "")
+    )
 
 
 def _now(renewal: dict[str, Any] | None) -> str:
@@ -78,32 +70,60 @@ def _now(renewal: dict[str, Any] | None) -> str:
         return ""
     line = f"\nnow: {renewal['what']}, {renewal['phase'].replace('_', ' ')}"
     if "seconds" in renewal:
-        line += f" for {_span(renewal['seconds'])}, generation {renewal['generation']}"
+        line += f" for {span(renewal['seconds'])}, generation {renewal['generation']}"
     return line
 
 
 def _service(service: dict[str, Any]) -> Sequence[object]:
     states = [worker["state"] for worker in service["workers"]]
-    ready, busy = sum(state in ("idle", "busy") for state in states), states.count("busy")
-    return service["name"], service["target"], service["generation"], service["size"], ready, busy
+    ready = sum(state in ("idle", "busy") for state in states)
+    return service["name"], service["target"], service["generation"], size(service), ready, busy(service)
 
 
-def _worker(service: str, worker: dict[str, Any]) -> Sequence[object]:
-    return (
-        f"{service}#{worker['slot']}",
-        worker["generation"],
-        worker["pid"],
-        worker["state"],
-        _span(worker["seconds"]),
-        worker["peer"],
-        worker["requests"],
-        None if worker["memory"] is None else f"{worker['memory'] / (1 << 20):.1f}M",
-    )
+def busy(service: dict[str, Any]) -> str:
+    """How many of its workers that serve are busy; where they have many lanes, how many of those: ``5/64``."""
+    serving = [worker for worker in service["workers"] if worker["state"] in ("idle", "busy")]
+    lanes, busy_lanes = (sum(worker[key] for worker in serving) for key in ("lanes", "busy_lanes"))
+    return str(busy_lanes) if lanes == len(serving) else f"{busy_lanes}/{lanes}"
 
 
-def _columns(titles: Sequence[str], rows: Iterable[Sequence[object]], is_terminal: bool) -> str:
+def size(service: dict[str, Any]) -> str:
+    """How many workers are wanted, and at most if that is more: ``3``, ``3/20``."""
+    size, most = service["size"], service["limits"]["max_children"]
+    return f"{size}/{most}" if service["limits"]["max_spare"] else str(size)
+
+
+Worker = tuple[str, Mapping[str, Any]]  # the name of its service, and what is known of it
+
+# What is shown of a worker. LANES and MARK only where some worker has more than one, or some.
+_WORKER: Mapping[str, Callable[[str, Mapping[str, Any]], object]] = {
+    "WORKER": lambda service, worker: f"{service}#{worker['slot']}",
+    "GEN": lambda _, worker: worker["generation"],
+    "PID": lambda _, worker: worker["pid"],
+    "STATE": lambda _, worker: worker["state"],
+    "LANES": lambda _, worker: f"{worker['busy_lanes']}/{worker['lanes']}",
+    "SINCE": lambda _, worker: span(worker["seconds"]),
+    "PEER": lambda _, worker: worker["peer"],
+    "MARK": lambda _, worker: worker["mark"],
+    "REQUESTS": lambda _, worker: worker["requests"],
+    "MEMORY": lambda _, worker: None if worker.get("memory") is None else f"{worker['memory'] / (1 << 20):.1f}M",
+}
+
+
+def worker_cells(workers: Sequence[Worker]) -> tuple[list[str], list[list[object]]]:
+    """The titles, and a row for each worker."""
+    unwanted = set()
+    if all(worker["lanes"] == 1 for _, worker in workers):
+        unwanted.add("LANES")
+    if not any(worker["mark"] for _, worker in workers):
+        unwanted.add("MARK")
+    titles = [title for title in _WORKER if title not in unwanted]
+    return titles, [[_WORKER[title](*worker) for title in titles] for worker in workers]
+
+
+def columns(titles: Sequence[str], rows: Iterable[Sequence[object]], is_terminal: bool) -> str:
     """Rows below their titles, each column as wide as it must be. What is not known is a dash."""
-    cells = [titles, *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
+    cells = [titles, *(["-" if cell is None else printable(str(cell)) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
     if is_terminal:
@@ -111,7 +131,7 @@ def _columns(titles: Sequence[str], rows: Iterable[Sequence[object]], is_termina
     return "\n".join(lines)
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """``1.2s``, ``3m12s``, ``2d4h``: the two greatest units."""
     if seconds < 60:
         return f"{seconds:.1f}s"

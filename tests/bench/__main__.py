@@ -16,9 +16,12 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.bench.contests import CONTESTS, Contest
+from tests.bench.contests import CONTESTS
+from tests.bench.machine import in_one_line
 from tests.bench.probes import Figures
-from tests.bench.report import Outcome, machine, table
+from tests.bench.report import Outcome, table
+from tests.bench.results import save
+from tests.bench.rows import Contest
 from tests.bench.spawned import CannotRunError, complain
 from tests.bench.tools import Tools, built
 
@@ -30,9 +33,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parsed(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: sys.exit(128 + received))  # by way of every `finally`
-    if find_spec("preforkd") is None:
-        complain("preforkd is not installed for this python")
-        return 1
+    for module in ["preforkd", *(["matplotlib"] if options.save else [])]:
+        if find_spec(module) is None:
+            complain(f"{module} is not installed for this python")
+            return 1
     try:
         with built() as tools:
             outcomes = [outcome for contest in CONTESTS for outcome in outcomes_of(contest, tools, options)]
@@ -42,10 +46,12 @@ def main(arguments: Sequence[str]) -> int:
     if not outcomes:
         complain(f"no row has {options.only!r} in it")
         return 1
-    sys.stdout.write(f"{table(outcomes)}\n{machine()}\n")
+    sys.stdout.write(f"{table(outcomes)}\n{in_one_line()}\n")
     if options.json:
-        content = {"machine": machine(), "rows": [outcome.as_json() for outcome in outcomes]}
+        content = {"machine": in_one_line(), "rows": [outcome.as_json() for outcome in outcomes]}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
+    if options.save:
+        save(outcomes, options.rounds, options.seconds)
     return 1 if any(outcome.failure for outcome in outcomes) else 0
 
 
@@ -65,14 +71,13 @@ def outcomes_of(contest: Contest, tools: Tools, options: argparse.Namespace) -> 
     return [Outcome(row, rounds) for row in rows]
 
 
-def fought(contest: Contest, tools: Tools, rounds: int, seconds: float) -> list[tuple[Figures, Figures]]:
-    """Both sides warmed up, then measured by turns."""
+def fought(contest: Contest, tools: Tools, rounds: int, seconds: float) -> list[list[Figures]]:
+    """All sides warmed up, then measured by turns."""
     with ExitStack() as stack:
-        preforkd = stack.enter_context(contest.preforkd(tools))
-        peer = stack.enter_context(contest.peer(tools))
-        preforkd(WARM_UP)
-        peer(WARM_UP)
-        return [(preforkd(seconds), peer(seconds)) for _ in range(rounds)]
+        probes = [stack.enter_context(side(tools)) for side in contest.sides]
+        for probe in probes:
+            probe(WARM_UP)
+        return [[probe(seconds) for probe in probes] for _ in range(rounds)]
 
 
 def not_installed(contest: Contest) -> str:
@@ -88,7 +93,10 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.5, help="of load, each round and side (default: 1.5)")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help='only rows with this in "what, peer"')
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every round there")
+    parser.add_argument("--save", action="store_true", help="write table, figures and plots to tests/bench/results")
     options = parser.parse_args(arguments)
+    if options.save and options.only:
+        parser.error("--save: the results are those of one whole run, without --only")
     if not (1 <= options.rounds <= MOST_ROUNDS and 0 < options.seconds <= MOST_SECONDS):
         parser.error(f"rounds: 1 to {MOST_ROUNDS}; seconds: more than 0, at most {MOST_SECONDS}")
     return options

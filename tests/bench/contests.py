@@ -2,85 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from tests.bench.crowd import SIZES, crowd
+from tests.bench.pools import CLIENTS, CONNECT, CPU, ECHO, POOLS, UPPER
 from tests.bench.probes import GET, LINE, Side, exchanges, memory, pages, time_to_ready
-from tests.bench.servers import PROCESSES, gunicorn, in_c, in_python, preforkd
+from tests.bench.rows import Contest, Row, cpu, rate
+from tests.bench.servers import PROCESSES, gunicorn, in_c, in_module, in_python, preforkd, with_gevent
 
-CLIENTS = 8
-ECHO, TALK, DATAGRAM = (f"tests/bench/handlers.py:{name}" for name in ("Echo", "Talk", "Datagram"))
+TALK, DATAGRAM = (f"tests/bench/handlers.py:{name}" for name in ("Talk", "Datagram"))
 PAGE = "tests/bench/web.py:Page"
-UPPER = "preforkd_workers.samples:Upper"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the ratio of preforkd's figure to the peer's."""
-
-    what: str
-    peer: str
-    figure: str  # its name among the figures of a probe
-    show: str  # how it is written
-    at_least: float | None = None
-    at_most: float | None = None
-    aim: float | None = None
-    of_figure: bool = False  # the limit is on preforkd's figure, not on the ratio
-
-    @property
-    def title(self) -> str:
-        return f"{self.what}, {self.peer}"
-
-    @property
-    def informs(self) -> bool:
-        """Whether nothing is required: the row explains another one."""
-        return self.at_least is None and self.at_most is None
-
-    def required(self) -> str:
-        if self.informs:
-            return "-"
-        bound = f">= {self.at_least:.2f}" if self.at_least is not None else f"<= {self.at_most:.2f}"
-        aim = f", aim {self.aim:.2f}" if self.aim is not None else ""
-        return f"{bound}{aim}{' (preforkd)' if self.of_figure else ''}"
-
-    def reached(self, figure: float, ratio: float) -> bool:
-        """Whether the medians of preforkd's figure and of the ratio are as required."""
-        value = figure if self.of_figure else ratio
-        enough = self.at_least is None or value >= self.at_least
-        return enough and (self.at_most is None or value <= self.at_most)
-
-
-@dataclass(frozen=True)
-class Contest:
-    """Two sides measured by turns, and the rows that come of it."""
-
-    preforkd: Side
-    peer: Side
-    rows: tuple[Row, ...]
-    modules: tuple[str, ...] = ()  # importable, besides preforkd
-    commands: tuple[str, ...] = ()  # on the PATH
-
-
-def rate(what: str, peer: str, at_least: float, aim: float | None = None) -> Row:
-    return Row(what, peer, "per_second", "{:,.0f}/s", at_least=at_least, aim=aim)
+FEW, TALKERS = 2, 64  # processes that serve many connections each, and clients
+OPEN = SIZES[-1]
+THREADS = ("--kind", "thread", "--threads", "16")  # the default number: the other connections wait in the backlog
+THREADS_FOR_ALL = ("--kind", "thread", "--threads", str(OPEN // PROCESSES))
+GREENLETS = ("--kind", "gevent")
+FRESH = ("--set", "max_requests=1")  # a process for each request, as ForkingMixIn has it
+C = "C pre-fork"
+GUNICORN = "gunicorn sync"
+STREAM_SERVER = "gevent StreamServer"
 
 
 def connect(peer: Side, *rows: Row, modules: tuple[str, ...] = ()) -> Contest:
     return Contest(exchanges(preforkd(ECHO), "connect", CLIENTS), peer, rows, modules)
 
 
-CONNECT = "connect-echo-close TCP"
-CPU = "CPU time per connection"
-C = "C pre-fork"
-GUNICORN = "gunicorn sync"
+def held(how: str, peer: str, side: int = 0, at_most: float | None = None) -> Row:
+    what = f"memory of {OPEN:,} open connections, {how}"
+    return Row(what, peer, "grown_mib", "{:.1f} MiB", at_most=at_most, side=side, plot="memory")
+
+
+def latency(peer: str, at_most: float) -> Row:
+    what = "median latency at 50/s, max_requests=1"
+    return Row(what, peer, "p50_us", "{:.0f} us", at_most=at_most, plot="latency")
+
+
 CONTESTS = (
     connect(
         exchanges(in_c("connect"), "connect", CLIENTS),
         rate(CONNECT, C, at_least=0.80, aim=0.90),
-        Row(CPU, C, "cpu_us", "{:.1f} us", at_most=2.2),
+        cpu(CPU, C, at_most=2.2),
     ),
     connect(
         exchanges(in_python("threading"), "connect", CLIENTS),
         rate(CONNECT, "ThreadingTCPServer", at_least=4.5),
+    ),
+    Contest(
+        exchanges(in_module("tests.bench.library"), "connect", CLIENTS),
+        exchanges(in_python("threading"), "connect", CLIENTS),
+        (rate("connect-echo-close TCP, library's pool", "ThreadingTCPServer", at_least=1.5),),
     ),
     connect(
         exchanges(in_python("forking"), "connect", CLIENTS),
@@ -116,7 +84,7 @@ CONTESTS = (
         pages(gunicorn(), CLIENTS),
         (
             rate("HTTP by wrk, http.server", GUNICORN, at_least=2.0),
-            Row("CPU time per page, http.server", GUNICORN, "cpu_us", "{:.1f} us"),
+            cpu("CPU time per page, http.server", GUNICORN),
         ),
         modules=("gunicorn",),
         commands=("wrk",),
@@ -139,4 +107,56 @@ CONTESTS = (
         (Row("time to ready, http.server", GUNICORN, "ms", "{:.0f} ms", at_most=1.2),),
         modules=("gunicorn",),
     ),
+    Contest(
+        exchanges(preforkd(ECHO, options=THREADS), "connect", CLIENTS),
+        exchanges(in_python("threading"), "connect", CLIENTS),
+        (
+            rate(f"{CONNECT}, threads", "ThreadingTCPServer", at_least=4),
+            rate(f"{CONNECT}, threads, 1 process", "ThreadingTCPServer", side=1),
+        ),
+        more=(exchanges(preforkd(ECHO, processes=1, options=THREADS), "connect", CLIENTS),),
+    ),
+    Contest(
+        crowd(preforkd(TALK, options=THREADS), most_at_once=PROCESSES * 16),
+        crowd(in_python("threading-talk")),
+        (
+            held("16 threads per process", "ThreadingTCPServer", at_most=0.25),
+            held("as many threads", "ThreadingTCPServer", side=1),
+        ),
+        more=(crowd(preforkd(TALK, options=THREADS_FOR_ALL)),),
+    ),
+    Contest(
+        exchanges(preforkd(ECHO, processes=FEW, options=GREENLETS), "connect", TALKERS),
+        exchanges(with_gevent("connect", FEW), "connect", TALKERS),
+        (rate(f"{CONNECT}, gevent", STREAM_SERVER, at_least=0.8),),
+        modules=("gevent",),
+    ),
+    Contest(
+        exchanges(preforkd(TALK, processes=FEW, options=GREENLETS), "persistent", TALKERS),
+        exchanges(with_gevent("persistent", FEW), "persistent", TALKERS),
+        (rate("persistent echo TCP, gevent", STREAM_SERVER, at_least=0.8),),
+        modules=("gevent",),
+    ),
+    Contest(
+        crowd(preforkd(TALK, processes=FEW, options=GREENLETS)),
+        crowd(with_gevent("persistent", FEW)),
+        (held("gevent", STREAM_SERVER),),
+        modules=("gevent",),
+    ),
+    Contest(
+        exchanges(preforkd(ECHO, options=FRESH), "steady", CLIENTS),
+        exchanges(in_python("forking"), "steady", CLIENTS),
+        (latency("ForkingTCPServer", at_most=0.5),),
+    ),
+    Contest(
+        exchanges(preforkd(ECHO, options=FRESH), "steady", CLIENTS),
+        exchanges(preforkd(ECHO), "steady", CLIENTS),
+        (latency("preforkd, workers that stay", at_most=1.3),),
+    ),
+    Contest(
+        exchanges(preforkd(ECHO, options=FRESH), "connect", CLIENTS),
+        exchanges(in_python("forking"), "connect", CLIENTS),
+        (rate(f"{CONNECT}, max_requests=1", "ForkingTCPServer", at_least=1),),
+    ),
+    *POOLS,
 )

@@ -1,7 +1,7 @@
 /*
- * The load generator: CLIENTS processes, each in a closed loop with a server on 127.0.0.1.
+ * The load generator: CLIENTS processes, each in a loop with a server on 127.0.0.1: a closed one, but for "steady".
  *
- *     load connect|persistent|udp PORT CLIENTS SECONDS
+ *     load connect|steady|persistent|udp PORT CLIENTS SECONDS
  *
  * Prints one line, "count=… errors=… seconds=… p50_us=… p99_us=… max_us=…": exchanges completed within SECONDS,
  * exchanges that failed, and how long one took. Every answer is compared with what was sent. Clients are
@@ -9,6 +9,8 @@
  *
  *   connect      connect, send, receive until the server hangs up, close. The server closes first, so TIME_WAIT
  *                is on its side and no port of ours is used up.
+ *   steady       as connect, but begun RATE times a second by all clients together, however long it takes: one that
+ *                is begun late, for the one before it took so long, has begun when it was due
  *   persistent   one connection, send and receive by turns
  *   udp          one connected socket, send and receive by turns; an answer that does not come is an error
  *
@@ -31,7 +33,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PATIENCE = 2 /* seconds */, SIZE = 64, MOST_CLIENTS = 256, STEPS = 16, BUCKETS = 64 * STEPS };
+enum { PATIENCE = 2 /* seconds */, RATE = 50 /* a second */, SIZE = 64, MOST_CLIENTS = 256, STEPS = 16, BUCKETS = 64 * STEPS };
 static const uint64_t SECOND = 1000000000;
 
 /* What one client found, on pages shared with the parent. Histogram: STEPS buckets to each power of two, in ns. */
@@ -107,7 +109,41 @@ static void on_alarm(int signal_number)
     (void)signal_number; /* its only use is to interrupt a call */
 }
 
-static void client_loop(char mode, uint64_t end, struct tally *tally)
+static void note(struct tally *tally, uint64_t ns)
+{
+    tally->count++;
+    tally->took[bucket(ns)]++;
+    if (ns > tally->longest)
+        tally->longest = ns;
+}
+
+static void sleep_until(uint64_t due)
+{
+    struct timespec t = {.tv_sec = (time_t)(due / SECOND), .tv_nsec = (long)(due % SECOND)};
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL) == EINTR)
+        ;
+}
+
+/* Every client has its own moments, evenly between those of the others. */
+static void steady_loop(uint64_t first, uint64_t step, uint64_t end, struct tally *tally)
+{
+    prctl(PR_SET_TIMERSLACK, 1); /* ns */
+    for (uint64_t due = first; due < end; due += step) {
+        uint64_t begun = now();
+        if (begun < due) {
+            sleep_until(due);
+            begun = now(); /* it is not the server that wakes us late */
+        } else {
+            begun = due;
+        }
+        if (now() >= end || connect_exchange_close() < 0) /* the former: hung up to the end by the one before */
+            tally->errors++;
+        else
+            note(tally, now() - begun);
+    }
+}
+
+static void closed_loop(char mode, uint64_t end, struct tally *tally)
 {
     int fd = -1;
     for (uint64_t before = now(); before < end;) {
@@ -125,10 +161,7 @@ static void client_loop(char mode, uint64_t end, struct tally *tally)
             close(fd); /* start afresh: a late answer must not be taken for the next one */
             fd = -1;
         } else if (after <= end) {
-            tally->count++;
-            tally->took[bucket(ns)]++;
-            if (ns > tally->longest)
-                tally->longest = ns;
+            note(tally, ns);
         }
         before = after;
     }
@@ -150,8 +183,8 @@ int main(int argc, char **argv)
 {
     int clients = argc == 5 ? atoi(argv[3]) : 0;
     double seconds = argc == 5 ? atof(argv[4]) : 0;
-    if (clients < 1 || clients > MOST_CLIENTS || seconds <= 0 || seconds > 3600 || !strchr("cpu", argv[1][0])) {
-        fprintf(stderr, "usage: load connect|persistent|udp PORT CLIENTS SECONDS\n");
+    if (clients < 1 || clients > MOST_CLIENTS || seconds <= 0 || seconds > 3600 || !strchr("cspu", argv[1][0])) {
+        fprintf(stderr, "usage: load connect|steady|persistent|udp PORT CLIENTS SECONDS\n");
         return 2;
     }
     server = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(argv[2]))};
@@ -186,7 +219,12 @@ int main(int argc, char **argv)
             /* For a server that never answers: calls fail with EINTR, each second lest one had not begun. */
             sigaction(SIGALRM, &(struct sigaction){.sa_handler = on_alarm}, NULL);
             setitimer(ITIMER_REAL, &(struct itimerval){{1, 0}, {(time_t)seconds + PATIENCE, 0}}, NULL);
-            client_loop(argv[1][0], *end, &tallies[i]);
+            if (argv[1][0] == 's') {
+                uint64_t begin = *end - (uint64_t)(seconds * (double)SECOND), step = SECOND / RATE;
+                steady_loop(begin + (uint64_t)i * step, (uint64_t)clients * step, *end, &tallies[i]);
+            } else {
+                closed_loop(argv[1][0], *end, &tallies[i]);
+            }
             _exit(0);
         }
     }

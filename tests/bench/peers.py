@@ -7,7 +7,6 @@ preforkd.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import socket
@@ -16,10 +15,8 @@ from collections.abc import Callable, Coroutine
 from socketserver import ForkingTCPServer, TCPServer, ThreadingTCPServer, ThreadingUDPServer
 from typing import Any, NoReturn, cast
 
-from tests.bench.handlers import Datagram, Echo
-
-BACKLOG = 1024  # for every peer: with socketserver's own 5, clients would wait for lost SYNs
-PR_SET_PDEATHSIG = 1
+from tests.bench.forked import BACKLOG, announce, end_with_parent, run_forked
+from tests.bench.handlers import Datagram, Echo, Talk
 
 
 class Threading(ThreadingTCPServer):
@@ -59,11 +56,6 @@ async def serve_protocol(listener: socket.socket) -> None:
         await server.serve_forever()
 
 
-def announce(port: int) -> None:
-    sys.stdout.write(f"ready {port}\n")
-    sys.stdout.flush()
-
-
 def run_socketserver(server: TCPServer) -> NoReturn:
     """Serve in this process, as the library's documentation shows it, until SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -73,35 +65,21 @@ def run_socketserver(server: TCPServer) -> NoReturn:
 
 
 def run_uvloop(serve: Callable[[socket.socket], Coroutine[Any, Any, None]], processes: int) -> NoReturn:
-    """Fork `processes` event loops that share one listening socket, and wait for SIGTERM."""
+    """As many event loops that share one listening socket."""
     import uvloop  # a peer: the others run without it
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    parent = os.getpid()
-    children = []
-    for _ in range(processes):
-        if pid := os.fork():
-            children.append(pid)
-            continue
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == parent:
-            uvloop.run(serve(listener))
-        os._exit(1)
-    announce(listener.getsockname()[1])
-    signal.sigwait([signal.SIGTERM])
-    for pid in children:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    raise SystemExit(0)
+    run_forked(lambda: uvloop.run(serve(listener)), listener.getsockname()[1], processes)
 
 
 def main(name: str, processes: int) -> NoReturn:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # whoever measures may be killed
+    end_with_parent(signal.SIGTERM)
     address = ("127.0.0.1", 0)
     match name:
         case "threading":
             run_socketserver(Threading(address, Echo))
+        case "threading-talk":
+            run_socketserver(Threading(address, Talk))
         case "forking":
             run_socketserver(Forking(address, Echo))
         case "threading-udp":

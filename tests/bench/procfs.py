@@ -1,13 +1,15 @@
-"""What /proc says of processes: children, titles, CPU time, proportional memory. Never signals anyone."""
+"""What the kernel says of processes: children, titles, CPU time, proportional memory. Never signals anyone."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 PROC = Path("/proc")
-TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds; proc_pid_stat(5) counts in these
 MIB = 1024  # in KiB, which smaps_rollup counts in
 
 
@@ -49,12 +51,27 @@ def title(pid: int) -> str:
 
 def cpu_seconds(pids: list[int]) -> float:
     """User and system time of these processes, all threads, without that of their children, in seconds."""
-    return sum(int(field) for pid in pids for field in stat(pid)[11:13]) * TICK
+    return sum(map(time.clock_gettime_ns, map(cpu_clock, pids))) / 1e9
+
+
+def cpu_clock(pid: int) -> int:
+    """The clock of a process's CPU time, which counts in ns: proc_pid_stat(5) does in hundredths of a second."""
+    clock = ctypes.c_int()
+    if error := ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock)):
+        raise OSError(error, os.strerror(error))
+    return clock.value
 
 
 def pss_mib(pids: list[int]) -> float:
-    """Proportional set size of these processes together, in MiB: a page shared by n counts 1/n in each."""
-    return sum(pss_kib(pid) for pid in pids) / MIB
+    """Proportional set size of these processes together, in MiB: a page shared by n counts 1/n in each.
+
+    Processes that have ended meanwhile are left out.
+    """
+    total = 0
+    for pid in pids:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            total += pss_kib(pid)
+    return total / MIB
 
 
 def pss_kib(pid: int) -> int:

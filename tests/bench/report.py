@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 
-from tests.bench.contests import Row
 from tests.bench.probes import Figures
+from tests.bench.rows import Row
 
 HEADINGS = ("what", "peer", "preforkd", "peer's", "ratio", "required", "verdict", "spread of ratio")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row and its rounds, each preforkd's figures and the peer's; or why there are none."""
+    """A row and the rounds of its contest, each the figures of every side; or why there are none."""
 
     row: Row
-    rounds: Sequence[tuple[Figures, Figures]] = field(default=())
+    measured: Sequence[Sequence[Figures]] = field(default=())
     missing: str = ""  # a peer that is not installed
     failure: str = ""  # what could not run
+
+    @property
+    def rounds(self) -> list[tuple[Figures, Figures]]:
+        """Preforkd's figures and the peer's."""
+        return [(sides[self.row.side], sides[self.row.against]) for sides in self.measured]
+
+    def medians(self, figure: str = "") -> tuple[float, float]:
+        """Of preforkd's figures and of the peer's, the row's own or another one of the same probe."""
+        ours, peers = (median(sides[side][figure or self.row.figure] for sides in self.rounds) for side in (0, 1))
+        return ours, peers
 
     def ratios(self) -> list[float]:
         """Preforkd's figure by the peer's, one for each round."""
         return [ours[self.row.figure] / peers[self.row.figure] for ours, peers in self.rounds]
+
+    @property
+    def ratio(self) -> float:
+        return median(self.ratios())
 
     def errors(self) -> tuple[int, int]:
         """Failed exchanges of preforkd and of the peer, all rounds."""
@@ -38,14 +49,14 @@ class Outcome:
         if not self.rounds:
             verdict = f"not measured: {self.missing} is not installed" if self.missing else "could not run"
             return (row.what, row.peer, "-", "-", "-", row.required(), verdict, "-")
-        ours, peers = (median(figures[side][row.figure] for figures in self.rounds) for side in (0, 1))
+        ours, peers = self.medians()
         ratios = self.ratios()
-        verdict = "reached" if row.reached(ours, median(ratios)) else "NOT reached"
+        verdict = "reached" if row.reached(ours, self.ratio) else "NOT reached"
         verdict = "for information" if row.informs else verdict
         if any(self.errors()):
             verdict += " (failed exchanges: {} and {})".format(*self.errors())
         return (
-            row.what, row.peer, row.show.format(ours), row.show.format(peers), f"{median(ratios):.2f}",
+            row.what, row.peer, row.show.format(ours), row.show.format(peers), f"{self.ratio:.2f}",
             row.required(), verdict, f"{min(ratios):.2f}..{max(ratios):.2f}",
         )  # fmt: skip
 
@@ -73,15 +84,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     )
 
 
-def machine() -> str:
-    """Where it was measured, in one line."""
-    cores = len(os.sched_getaffinity(0))
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    return f"machine: {cpu_model()}, {cores} cores, Linux {platform.release()}, {python}"
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """The same table in Markdown."""
+    right = (2, 3, 4)
+    rule = ["---:" if column in right else "---" for column in range(len(HEADINGS))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (HEADINGS, rule, *(each.cells() for each in outcomes)))

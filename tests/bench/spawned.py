@@ -21,6 +21,7 @@ from tests.bench import procfs
 
 ROOT = Path(__file__).parents[2]
 START_PATIENCE = 30.0  # seconds, until a server says that it is ready
+WORKER_PATIENCE = 0.1  # and for each worker of many
 STOP_PATIENCE = 10.0  # seconds, until a server told to stop is gone, and again until the killed are
 TAIL = 15  # lines shown of a server that failed
 NOT_INHERITED = ("PREFORKD_", "GUNICORN_", "LISTEN_", "NOTIFY_", "WEB_CONCURRENCY", "PYTHONDONTWRITEBYTECODE")
@@ -63,14 +64,14 @@ class Spawned:
             self.ended = True
             self.changed.notify_all()
 
-    def wait_for(self, pattern: str, times: int = 1) -> re.Match[str]:
-        """The match of `pattern` in the `times`-th line that has one; CannotRunError after START_PATIENCE."""
+    def wait_for(self, pattern: str, times: int = 1, patience: float = START_PATIENCE) -> re.Match[str]:
+        """The match of `pattern` in the `times`-th line that has one; CannotRunError after so many seconds."""
 
         def matches() -> list[re.Match[str]]:
             return [match for line in self.lines if (match := re.search(pattern, line))]
 
         with self.changed:
-            self.changed.wait_for(lambda: self.ended or len(matches()) >= times, START_PATIENCE)
+            self.changed.wait_for(lambda: self.ended or len(matches()) >= times, patience)
             found = matches()
         if len(found) < times:
             raise CannotRunError("\n".join([f"no {pattern!r} from: {self.name}", *self.lines[-TAIL:]]))

@@ -22,9 +22,9 @@ text.example.test.  IN TXT  "as written"
 """
 
 
-def _dns(address: tuple[str, int], *, tcp: bool, server: type | None = None) -> Any:
+def _dns(address: tuple[str, int], *, tcp: bool) -> Any:
     host, port = address
-    return DNSServer(ZoneResolver(ZONE), host, port, tcp, logger=DNSLogger("error"), server=server).server
+    return DNSServer(ZoneResolver(ZONE), host, port, tcp, logger=DNSLogger("error")).server
 
 
 def dns_udp(address: tuple[str, int]) -> Any:
@@ -34,15 +34,6 @@ def dns_udp(address: tuple[str, int]) -> Any:
 
 def dns_tcp(address: tuple[str, int]) -> Any:
     return _dns(address, tcp=True)
-
-
-def plain_dns_udp(address: tuple[str, int]) -> Any:
-    """dnslib's handler under socketserver's own server class."""
-    return _dns(address, tcp=False, server=socketserver.UDPServer)
-
-
-def plain_dns_tcp(address: tuple[str, int]) -> Any:
-    return _dns(address, tcp=True, server=socketserver.TCPServer)
 
 
 class Methods:

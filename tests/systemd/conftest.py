@@ -13,7 +13,7 @@ import pytest
 
 WITH_SYSTEMD = Path(__file__).parent / "with-systemd"
 NO_BOOT = 125
-TIMEOUT = 50  # seconds; less than pytest's own, which would leave the systemd behind
+SOONER = 10  # seconds before pytest's own time-out, which would leave the systemd behind
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,7 +23,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     if os.geteuid() != 0:
         pytest.skip("only root can boot a systemd")
-    boot = [sys.executable, str(WITH_SYSTEMD), "--timeout", str(TIMEOUT), "--chdir", str(pyfuncitem.config.rootpath)]
+    marker = pyfuncitem.get_closest_marker("timeout")
+    patience = float(marker.args[0] if marker else pyfuncitem.config.getini("timeout")) - SOONER
+    boot = [sys.executable, str(WITH_SYSTEMD), "--timeout", f"{patience:g}", "--chdir", str(pyfuncitem.config.rootpath)]
     test = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", pyfuncitem.nodeid]
     done = subprocess.run([*boot, "--", *test], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == NO_BOOT:

@@ -63,6 +63,18 @@ def test_the_store_keeps_the_listeners_of_the_last_reload_and_the_counters(tmp_p
         eventually(lambda: metrics(9109)[counted] == 1 + outcomes["answered"])
 
 
+def test_what_failed_to_reload_is_forgotten_by_a_restart_that_keeps_the_counters(tmp_path: Path) -> None:
+    with Unit("-c", write(tmp_path)) as unit:
+        write(tmp_path, code="broken(\n")
+        systemctl("reload", unit.name)
+        unit.log.wait_for("^reload_rolled_back ")
+        eventually(lambda: metrics(9109)["preforkd_last_reload_successful"] == 0)
+        write(tmp_path)
+        systemctl("restart", unit.name)
+        eventually(lambda: metrics(9109)["preforkd_last_reload_successful"] == 1)
+        assert metrics(9109)['preforkd_reloads_total{result="rolled_back"}'] == 1
+
+
 def test_a_reload_by_preforkctl_gives_systemctl_the_verdict(tmp_path: Path) -> None:
     ctl = f"{sys.executable} -m preforkd.ctl -s /run/under-test/control.sock reload"
     with Unit("-c", write(tmp_path), ExecReload=ctl) as unit:

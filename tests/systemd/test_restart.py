@@ -42,9 +42,9 @@ def test_a_restart_refuses_and_cuts_nobody_and_the_counters_go_on(way: str) -> N
         assert requests("killed", target[1:]) == 0
 
 
-@pytest.mark.parametrize("mode", ["control-group", "process"])
-def test_a_killed_master_costs_nothing_where_systemd_leaves_the_workers_time(mode: str) -> None:
-    with Unit(":Obey", *TCP, *METRICS, KillMode=mode) as unit:
+@pytest.mark.parametrize(("mode", "exit_type"), [("mixed", "cgroup"), ("control-group", "main"), ("process", "main")])
+def test_a_killed_master_costs_nothing_where_systemd_leaves_the_workers_time(mode: str, exit_type: str) -> None:
+    with Unit(":Obey", *TCP, *METRICS, KillMode=mode, ExitType=exit_type) as unit:
         with socket.create_connection(ADDRESS, DEADLINE) as client, client.makefile("rb") as answers:
             client.sendall(b"until_eof\n")
             assert answers.readline() == b"waiting\n"
@@ -55,7 +55,9 @@ def test_a_killed_master_costs_nothing_where_systemd_leaves_the_workers_time(mod
                 if mode == "process":
                     unit.log.wait_for("^takeover_waits ")
                 else:
-                    eventually(lambda: unit.show("SubState") == "stop-sigterm", "systemd waits for the workers")
+                    state = "running" if exit_type == "cgroup" else "stop-sigterm"
+                    eventually(lambda: unit.show("MainPID") == "0", "systemd knows that it is dead")
+                    eventually(lambda: unit.show("SubState") == state, "and waits for the workers")
                 client.shutdown(socket.SHUT_WR)
                 assert answers.readline() == b"eof after 0\n"
                 unit.restarted(before)
@@ -67,7 +69,7 @@ def test_a_killed_master_costs_nothing_where_systemd_leaves_the_workers_time(mod
 
 
 def test_a_killed_master_costs_no_more_than_what_systemd_kills_with_it() -> None:
-    with Unit(":Upper", *TCP, *METRICS, KillMode="mixed") as unit:
+    with Unit(":Upper", *TCP, *METRICS, KillMode="mixed", ExitType="main") as unit:
         with Clients(partial(ask_stream, ADDRESS), b"QUESTION\n") as clients:
             for _ in range(3):
                 clients.until_answered(100)

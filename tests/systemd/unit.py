@@ -4,7 +4,6 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Self
 import preforkd
 import preforkd_workers
 from tests.conftest import TARGETS
-from tests.daemon import DEADLINE, Log, eventually
+from tests.daemon import DEADLINE, Log, eventually, samples, scrape
 
 UNITS = Path("/run/systemd/system")
 PYTHONPATH = ":".join(str(Path(str(each.__file__)).parents[1]) for each in (preforkd, preforkd_workers))
@@ -23,6 +22,7 @@ SETTINGS = {
     "Type": "notify",
     "ExecReload": "/bin/kill -HUP $MAINPID",
     "KillMode": "mixed",
+    "ExitType": "cgroup",
     "Restart": "on-failure",
     "RestartSec": "100ms",
     "FileDescriptorStoreMax": "64",
@@ -44,30 +44,12 @@ def serve(*arguments: object) -> str:
     return " ".join([sys.executable, "-m", "preforkd", "serve", *words])
 
 
-class Unit:
-    """``preforkd serve ARGUMENTS`` as a service unit, which is stopped at the end."""
+class Service:
+    """A service unit that is there, started on entering and stopped at the end."""
 
-    def __init__(self, *arguments: object, start: bool = True, **settings: str) -> None:
-        self.name = "under-test"
+    def __init__(self, name: str, *, start: bool = True) -> None:
+        self.name = name
         self.starts = start
-        self.settings = {
-            "ExecStart": serve(*arguments),
-            "Environment": f"PYTHONPATH={PYTHONPATH} PYTHONUNBUFFERED=1",
-            "WorkingDirectory": "/",
-            **SETTINGS,
-            **settings,
-        }
-        self.write("service", Service=self.settings)
-
-    def change(self, **settings: str) -> None:
-        """Let the unit say so from its next start on."""
-        self.settings |= settings
-        self.write("service", Service=self.settings)
-        systemctl("daemon-reload")
-
-    def write(self, kind: str, **sections: dict[str, str]) -> None:
-        lines = [line for name, some in sections.items() for line in (f"[{name}]", *map("=".join, some.items()))]
-        (UNITS / f"{self.name}.{kind}").write_text("\n".join(lines) + "\n")
 
     def __enter__(self) -> Self:
         systemctl("daemon-reload")
@@ -113,11 +95,34 @@ class Unit:
         eventually(lambda: self.show("SubState") == "running" and self.pid not in (0, before), "it serves again")
 
 
+class Unit(Service):
+    """``preforkd serve ARGUMENTS`` as a service unit of the test's own."""
+
+    def __init__(self, *arguments: object, start: bool = True, **settings: str) -> None:
+        super().__init__("under-test", start=start)
+        self.settings = {
+            "ExecStart": serve(*arguments),
+            "Environment": f"PYTHONPATH={PYTHONPATH} PYTHONUNBUFFERED=1",
+            "WorkingDirectory": "/",
+            **SETTINGS,
+            **settings,
+        }
+        self.write("service", Service=self.settings)
+
+    def change(self, **settings: str) -> None:
+        """Let the unit say so from its next start on."""
+        self.settings |= settings
+        self.write("service", Service=self.settings)
+        systemctl("daemon-reload")
+
+    def write(self, kind: str, **sections: dict[str, str]) -> None:
+        lines = [line for name, some in sections.items() for line in (f"[{name}]", *map("=".join, some.items()))]
+        (UNITS / f"{self.name}.{kind}").write_text("\n".join(lines) + "\n")
+
+
 def metrics(port: int) -> dict[str, float]:
     """All samples of the exporter."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=DEADLINE) as page:
-        lines = page.read().decode().splitlines()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    return samples(scrape(f"http://127.0.0.1:{port}"))
 
 
 class Clients:

@@ -23,6 +23,6 @@ def explain(error: BaseException) -> str:
 def _is_ours(filename: str) -> bool:
     return (
         os.path.dirname(filename) == os.path.dirname(__file__)
-        or filename.startswith("<frozen importlib")
+        or filename.startswith(("<frozen importlib", "<frozen runpy"))
         or filename == importlib.__file__
     )

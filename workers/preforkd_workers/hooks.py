@@ -5,8 +5,9 @@ one raises later is logged and changes nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 ON_MOLD = "on_mold"
 ON_WORKER_START = "on_worker_start"
@@ -19,14 +20,18 @@ HOOKS = ON_MOLD, ON_WORKER_START, ON_DRAIN, ON_WORKER_STOP
 Hook = Callable[..., object]
 
 
-@dataclass(frozen=True)
-class Hooks:
+class Hooks(Struct, frozen=True):
     """The hooks that a target has, by setting."""
 
     found: Mapping[str, Hook] = field(default_factory=dict)
 
     def __contains__(self, setting: str) -> bool:
         return setting in self.found
+
+    @property
+    def of_workers(self) -> bool:
+        """Whether any is called at the begin or the end of every worker."""
+        return ON_WORKER_START in self or ON_WORKER_STOP in self
 
     def run(self, setting: str, servers: list[Any], *arguments: object) -> None:
         """Call a hook, if there is one. Raises what it raises, with a note that says where it came from."""

@@ -13,14 +13,21 @@ import sys
 from contextlib import suppress
 
 from preforkd_workers import prctl
-from preforkd_workers.protocol import FAILED, LEAVING, NOTICE, READY, SHUTDOWN, TRIED
+from preforkd_workers.protocol import ABANDONED, FAILED, LEAVING, NOTICE, READY, SHUTDOWN, TRIED, WORN
 
 
 class Lifeline:
     """Where a worker hears that it must stop, and says that it is ready."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket | None = None) -> None:
+        if end is not None:
+            self.hold(end)
+        self.is_ready = False  # and the master knows it
+
+    def hold(self, end: socket.socket) -> None:
+        """Have this end, in the process whose lifeline it is."""
         self._end = end
+        self._owner = os.getpid()
 
     def fileno(self) -> int:
         return self._end.fileno()
@@ -31,8 +38,18 @@ class Lifeline:
         readable, _, _ = select.select([self._end], [], [], 0)
         return bool(readable)
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the master is gone: its end is closed, and not only hung up (POLLHUP, unix_poll of the kernel)."""
+        poll = select.poll()
+        poll.register(self._end, 0)
+        return bool(poll.poll(0))
+
     def ready(self) -> None:
-        self._say(f"{READY} {os.getpid()}\n")
+        """Say so, once."""
+        if not self.is_ready:
+            self.is_ready = True
+            self._say(f"{READY} {self._owner}\n")
 
     def failed(self, reason: str) -> None:
         """Say why this worker could not be made, in one line or many."""
@@ -51,6 +68,14 @@ class Lifeline:
     def leaving(self) -> None:
         """Say that this worker drains: if it was not the master who told it so, that is news."""
         self._say(f"{LEAVING}\n")
+
+    def worn(self) -> bool:
+        """Say that this worker has ended as many requests as it is to. Whether that was heard."""
+        return self._say(f"{WORN}\n")
+
+    def abandoned(self) -> None:
+        """Say that this worker leaves without those lanes that are past their hard deadline."""
+        self._say(f"{ABANDONED}\n")
 
     def tried(self) -> None:
         """Have the master look at what has come of some more requests."""

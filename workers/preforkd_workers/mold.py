@@ -7,23 +7,26 @@ import faulthandler
 import gc
 import json
 import os
+import posix  # for waitpid as it is: gevent has its own in os
 import signal
 import socket
-import sys
-import threading
 from contextlib import suppress
+from importlib import import_module
 from typing import NoReturn
 
-from setproctitle import setproctitle
-
-from preforkd_workers import prctl, process, protocol
+from preforkd_workers import lastresort, prctl, process, protocol, streams
+from preforkd_workers.audit import Snapshot, audit, refusal
+from preforkd_workers.boot import Boot, imported
+from preforkd_workers.copies import fork
 from preforkd_workers.explanation import explain
-from preforkd_workers.hooks import ON_MOLD, ON_WORKER_START
-from preforkd_workers.lifeline import Lifeline, be_adopted
+from preforkd_workers.hooks import ON_MOLD
+from preforkd_workers.levels import Levels
 from preforkd_workers.process import Worker
-from preforkd_workers.protocol import FAILED, NOTICE, READY, REFUSED, SPAWNED, Order
-from preforkd_workers.spec import Spec
-from preforkd_workers.target import Target, build
+from preforkd_workers.protocol import FAILED, LOOK, NOTICE, READY, REFUSED, SERVES, SPAWNED, Order
+from preforkd_workers.spec import Spec, is_script
+from preforkd_workers.target import Target
+from preforkd_workers.title import setproctitle
+from preforkd_workers.usermetrics import UserMetrics
 
 
 def run(spec: Spec, channel: socket.socket) -> NoReturn:
@@ -33,9 +36,22 @@ def run(spec: Spec, channel: socket.socket) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     faulthandler.enable(channel.fileno(), all_threads=True)
     prctl.signal_on_parent_death(signal.SIGKILL)
+    if not spec.is_rehearsal:
+        streams.take_over(spec.log)
     if os.getppid() == spec.master:  # or it has died already
         process.leave(lambda: Mold(spec, channel).serve())
     os._exit(1)
+
+
+# An order, and the worker's end of its lifeline.
+Ordered = tuple[Order, int]
+
+# A worker's own: its order, its end of the lifeline, and the process in the middle.
+Mine = tuple[Order, int, int]
+
+# How many workers are forked by one process in the middle, if so many were asked for: that is what most of the forks
+# are spared by when many workers are replaced.
+BATCH = 8
 
 
 class Mold:
@@ -45,133 +61,193 @@ class Mold:
         self.spec = spec
         self.channel = channel
         self.target: Target | None = None
+        self.urls = [listener.url for listener in spec.listeners]  # what each of its servers listens at
+        self.user_metrics = UserMetrics(spec.user_metrics, spec.service, self._notice)
+        streams.losses.tell = self._tell_dropped
+        self.levels = Levels(spec.scoreboard)
 
     def serve(self) -> None:
-        """Import, then fork a worker for every request, until the master hangs up or is gone."""
+        """Import, then fork a worker for every request, until the master hangs up or is gone; in a worker, serve."""
+        load_parts(self.spec)
+        self.user_metrics.expect()
+        lastresort.expect(self.spec.log, self.spec.service)
+        self.levels.expect()
+        if is_script(self.spec.target):
+            return self._run_script()
         if self.spec.preload and not self._import():
-            return
-        gc.collect()
+            return None
+        worker = self._fork_workers()
+        return worker.serve() if worker is not None else None
+
+    def _run_script(self) -> None:
+        """In the place of the import. What the script does after it has served, it does in the workers."""
+        from preforkd_workers.bindings import Bindings  # here and not above: other targets do without
+        from preforkd_workers.script import Script
+
+        before = Snapshot.take()
+
+        def wait(target: Target, urls: list[str]) -> Worker:
+            return self._wait(target, urls, script.known(before))
+
+        script = Script(self.spec, Bindings(self.spec, self.channel), wait, self._fail)
+        try:
+            script.run()
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if script.worker is None:
+                self._fail(error)
+            raise
+
+    def _wait(self, target: Target, urls: list[str], before: Snapshot) -> Worker:
+        """Where the script serves: fork workers there. Returns in a worker only."""
+        self.target, self.urls = target, urls[self.spec.server - 1 : self.spec.server]
+        try:
+            if not self.spec.is_rehearsal:
+                target.hooks.run(ON_MOLD, target.servers)
+            process.reset_signals()
+            self._examine(target, before)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            self._fail(error)
+        self._tell(f"{SERVES} {json.dumps(urls)}")
+        process.flush()  # or every worker would say it again
+        worker = self._fork_workers()
+        if worker is None:
+            os._exit(0)
+        return worker
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        self._tell(f"{FAILED} {protocol.shorten(explain(error))}")
+        process.leave(lambda: None)
+
+    def _fork_workers(self) -> Worker | None:
+        """Say that we are ready, and fork a worker for every request. Returns in a worker; None when there is no more
+        request."""
+        self.user_metrics.keep_what_the_mold_counted()
+        lastresort.prepare()
+        boot = Boot(self.spec, self.target, self.urls, self.user_metrics, self.levels)
+        gc.collect()  # or what is free between what is shared is filled by each worker for itself
         gc.freeze()
+        signal.signal(LOOK, lambda *_: streams.follow())
+        streams.losses.say()
         kind = "not preloaded" if self.target is None else self.target.kind
         self._tell(f"{READY} {kind}")
         while True:
-            request, descriptor = protocol.receive(self.channel)
-            if request is None or descriptor is None:
-                return
-            self._fork(Order(*map(int, request.split())), descriptor)
-            os.close(descriptor)
+            orders = self._orders()
+            if not orders:
+                return None
+            boot.look()
+            if mine := self._fork(orders):
+                order, end, middle = mine
+                lifeline = type(self.channel)(fileno=end)  # not gevent's: that is of no use in a signal handler
+                self.channel.close()
+                return boot.be_worker(order, lifeline, middle)
+            for _, end in orders:
+                os.close(end)
+
+    def _orders(self) -> list[Ordered]:
+        """Wait for an order and take it, with those that have come meanwhile; none when the master hangs up."""
+        orders: list[Ordered] = []
+        with suppress(BlockingIOError):
+            while len(orders) < BATCH:
+                request, end = protocol.receive(self.channel, socket.MSG_DONTWAIT if orders else 0)
+                if request is None or end is None:
+                    break
+                orders.append((Order(*map(int, request.split())), end))
+        return orders
 
     def _import(self) -> bool:
+        before = Snapshot.take()
         try:
-            self.target = self._build()
+            self.target = imported(self.spec)
+            self._examine(self.target, before)
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             self._tell(f"{FAILED} {protocol.shorten(explain(error))}")
             return False
-        for event, fields in hazards(self.target):
-            self._tell(f"{NOTICE} {json.dumps([event, fields])}")
         return True
 
-    def _fork(self, order: Order, end: int) -> None:
-        """Fork twice: the process in the middle tells the master the worker's pid and exits, which gives it away."""
-        try:
-            middle = os.fork()
-            if middle == 0:
-                self._be_middle(order, end)
-            if _wait_for(middle):
-                self._tell(f"{REFUSED} {order.serial} the process that forks it was killed")
-        except OSError as error:
-            self._tell(f"{REFUSED} {order.serial} {error.strerror}")
+    def _examine(self, target: Target, before: Snapshot) -> None:
+        """Say what will not do in several processes. Raises TargetError when none shall be forked then."""
+        gc.collect()
+        hazards = audit(before, self.spec.kind)
+        if hazards and self.spec.fork_safety == "refuse":
+            raise refusal(hazards)
+        for event, fields in [*((hazard.event, hazard.fields) for hazard in hazards), *needless(target)]:
+            self._notice(event, **fields)
 
-    def _be_middle(self, order: Order, end: int) -> NoReturn:
-        """The master hears the pid before it can see the worker die: it is not its child before we have exited."""
+    def _fork(self, orders: list[Ordered]) -> Mine | None:
+        """Fork twice: the process in the middle tells the master the workers' pids and exits, which gives them away.
+
+        Returns None; but in a worker what is its own.
+        """
+        try:
+            middle = fork()
+            if middle == 0:
+                return self._be_middle(orders)
+            reason = "the process that forks it was killed" if _wait_for(middle) else ""
+        except OSError as error:
+            reason = error.strerror or str(error)
+        for order, _ in orders if reason else ():  # the master knows the pids of those that there are, and keeps them
+            self._tell(f"{REFUSED} {order.serial} {reason}")
+        return None
+
+    def _be_middle(self, orders: list[Ordered]) -> Mine | None:
+        """The master hears a pid before it can see the worker die: it is not its child before we have exited.
+
+        Returns in the workers only.
+        """
         status, middle = 1, os.getpid()
         try:
-            pid = os.fork()
-            if pid == 0:
-                process.leave(lambda: self._be_worker(order, end, middle))
-            self._tell(f"{SPAWNED} {order.serial} {pid}")
-            status = 0
-        except OSError as error:
-            self._tell(f"{REFUSED} {order.serial} {error.strerror}")
+            for order, end in orders:
+                try:
+                    pid = fork()
+                except OSError as error:
+                    self._tell(f"{REFUSED} {order.serial} {error.strerror}")
+                    continue
+                if pid == 0:
+                    for other in [other for _, other in orders if other != end]:
+                        os.close(other)
+                    return order, end, middle
+                self._tell(f"{SPAWNED} {order.serial} {pid}")
             status = 0
         finally:
-            os._exit(status)
+            if os.getpid() == middle:
+                os._exit(status)
+        return None
 
-    def _be_worker(self, order: Order, end: int, middle: int) -> None:
-        spec = self.spec
-        lifeline = Lifeline(socket.socket(fileno=end))
-        self.channel.close()
-        process.report_stacks(lifeline)
-        setproctitle(f"preforkd: worker {spec.service}#{order.slot} gen={spec.generation}")
-        try:
-            be_adopted(spec.master, middle)
-        except ProcessLookupError:
-            return
-        if lifeline.is_cut:  # the mold died before the master heard of us: the slot, and its row, may be another's
-            return
-        row = spec.scoreboard.row_at(order.row_at)
-        process.claim(row, spec.generation)
-        target = self.target or self._import_in_worker(lifeline)
-        if target is None:
-            sys.exit(1)
-        for server in target.servers:
-            server.scoreboard = spec.scoreboard  # type: ignore[attr-defined]
-        if not self._start(target, order.slot, lifeline):
-            sys.exit(1)
-        worker = Worker(target.servers, lifeline, row, spec.graceful_timeout, spec.eof_timeout, target.hooks)
-        worker.lane.be_on_trial(order.trial_ms / 1000)
-        process.open_for_service(row, lifeline)
-        worker.serve()
+    def _notice(self, event: str, **fields: object) -> None:
+        self._tell(f"{NOTICE} {json.dumps([event, fields])}")
 
-    def _import_in_worker(self, lifeline: Lifeline) -> Target | None:
-        """``preload = false``: the worker imports for itself."""
-        try:
-            return self._build()
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
-            lifeline.failed(explain(error))
-            return None
-
-    def _build(self) -> Target:
-        """Import, construct and run ``on_mold``; then forget what the target has done with signals."""
-        target = build(self.spec)
-        if not self.spec.is_rehearsal:
-            target.hooks.run(ON_MOLD, target.servers)
-        process.reset_signals()
-        return target
-
-    def _start(self, target: Target, slot: int, lifeline: Lifeline) -> bool:
-        """Run ``on_worker_start``. Whether nothing went wrong."""
-        try:
-            target.hooks.run(ON_WORKER_START, target.servers, slot)
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
-            lifeline.failed(explain(error))
-            return False
-        if self.target is None or ON_WORKER_START in target.hooks:  # the target's own code has run in this process
-            process.reset_signals()
-            process.report_stacks(lifeline)
-        return True
+    def _tell_dropped(self, lines: int) -> None:
+        self._notice("log_dropped", lines=lines)
 
     def _tell(self, text: str) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # the master is gone; the next receive says so
             protocol.send(self.channel, text)
 
 
+def load_parts(spec: Spec) -> None:
+    """Import what only some services need: here all workers share it, and molds of other services do without."""
+    parts = {
+        "thread": spec.kind == "thread",
+        "greenlets": spec.kind == "gevent",
+        "door": spec.limits.has_door,
+        "idle": bool(spec.limits.idle_timeout),
+        "accesslog": bool(spec.access_log),
+    }
+    for part in (name for name, is_needed in parts.items() if is_needed):
+        import_module(f"preforkd_workers.{part}")
+
+
 def _wait_for(child: int) -> int:
     """Reap a child and return its status; 0 when the target ignores SIGCHLD, so that the kernel has reaped it."""
     try:
-        return os.waitpid(child, 0)[1]
+        return posix.waitpid(child, 0)[1]
     except ChildProcessError:
         return 0
 
 
-def hazards(target: Target) -> list[tuple[str, dict[str, object]]]:
-    """What the log should say about a target before workers are forked from it."""
-    found: list[tuple[str, dict[str, object]]] = []
-    others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if others:
-        advice = "a fork copies none of them; start threads in the handler's process, or set preload = false"
-        found.append(("mold_has_threads", {"threads": ", ".join(others), "advice": advice}))
+def needless(target: Target) -> list[tuple[str, dict[str, object]]]:
+    """What a target does that the pool does already. A script is as it is."""
     mixin = target.mixes_in()
-    if mixin and not getattr(target.servers[0], "threads_are_meant", False):
-        found.append(("mixin_unnecessary", {"mixin": mixin, "advice": "the pool serves clients side by side already"}))
-    return found
+    if mixin and target.kind != "script" and not getattr(target.servers[0], "threads_are_meant", False):
+        return [("mixin_unnecessary", {"mixin": mixin, "advice": "the pool serves clients side by side already"})]
+    return []

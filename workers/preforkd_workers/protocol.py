@@ -1,7 +1,7 @@
 """What master, mold and worker say to each other: text, a word and then the rest.
 
 Between master and mold: packets on a SOCK_SEQPACKET pair (unix(7)); the master's are orders, with the worker's end of a
-lifeline each. From worker to master: lines on its lifeline. A packet or a
+lifeline each; and answers to a script that binds. From worker to master: lines on its lifeline. A packet or a
 line that begins with none of the words is part of a stack or a traceback.
 
 Whatever a mold and the process in the middle touch between two forks, every worker has a copy of: so this is plain.
@@ -20,6 +20,8 @@ READY = "preforkd:ready"  # and its pid
 FAILED = "preforkd:failed"  # the traceback follows
 NOTICE = "preforkd:notice"  # and an event with its fields, in JSON
 LEAVING = "preforkd:leaving"  # somebody has told it to drain
+ABANDONED = "preforkd:abandoned"  # it leaves although lanes hold requests, which are past their hard deadline
+WORN = "preforkd:worn"  # it has ended as many requests as it is to, or more
 TRIED = "preforkd:tried"  # on probation, it has ended some more requests
 SHUTDOWN = "preforkd:shutdown"  # serve_forever() is to end, a handler says
 
@@ -27,8 +29,16 @@ SHUTDOWN = "preforkd:shutdown"  # serve_forever() is to end, a handler says
 SPAWNED = "preforkd:spawned"  # serial and pid of a worker
 REFUSED = "preforkd:refused"  # serial of a worker that could not be forked, and the reason
 
+# Those of a mold that runs a script, before it is READY. It waits for the answer to BIND.
+BIND = "preforkd:bind"  # and where, in JSON
+BOUND = "preforkd:bound"  # the answer: the URL of the listener, whose descriptor comes with it
+UNBOUND = "preforkd:unbound"  # or why not: an errno, and words
+SERVES = "preforkd:serves"  # and in JSON the URLs of the servers that the script serves, in the order of their making
+
 # The signals that a worker answers.
 DRAIN, END_OF_FILE, STACKS = signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1
+STACK_OF_THE_DEAF = signal.SIGRTMIN  # from one who runs no Python, and so has not answered STACKS
+LOOK = signal.SIGURG  # at idle connections, levels and log files; ignored (signal(7)) by who does not hear of it yet
 
 # The longest packet; a longer traceback loses its middle.
 PACKET = 1 << 16
@@ -39,8 +49,10 @@ class Order(NamedTuple):
 
     serial: int
     slot: int
-    row_at: int  # where its row of the scoreboard begins
+    rows_at: int  # where its rows of the scoreboard begin
     trial_ms: int  # how long it is on probation; 0: not at all
+    max_requests: int  # after which it is worn; 0: never
+    is_fresh: int  # whether a fresh process takes each request
 
 
 def send(channel: socket.socket, text: str, descriptor: int | None = None) -> None:
@@ -53,13 +65,13 @@ def send(channel: socket.socket, text: str, descriptor: int | None = None) -> No
     channel.sendmsg([packet], rights)
 
 
-def receive(channel: socket.socket) -> tuple[str | None, int | None]:
+def receive(channel: socket.socket, flags: int = 0) -> tuple[str | None, int | None]:
     """Receive one packet and the descriptor that came with it; ``(None, None)`` at end-of-file.
 
-    Raises BlockingIOError when there is none and the channel is in non-blocking mode.
+    Raises BlockingIOError when there is none and the channel, or a flag of recvmsg(2), says not to wait.
     """
     try:
-        packet, ancillary, _, _ = channel.recvmsg(PACKET, _SPACE, socket.MSG_CMSG_CLOEXEC)
+        packet, ancillary, _, _ = channel.recvmsg(PACKET, _SPACE, socket.MSG_CMSG_CLOEXEC | flags)
     except ConnectionResetError:  # the other side died with packets unread
         return None, None
     rights = [int.from_bytes(data, sys.byteorder) for _, _, data in ancillary]

@@ -2,8 +2,9 @@
 
 One writer per word, so there is no lock and a process may die at any instruction. A row belongs to a lane of a
 slot, not to a pid: the next worker in the slot goes on counting where the last one was killed. While nobody lives
-in a slot, the master owns its row. Words are stored through ``memoryview.cast("Q")``: one aligned store, never torn
-(``struct.pack_into`` writes byte by byte and is).
+in a slot, the master owns its rows. Workers of other generations may have other numbers of lanes: a slot has rows for
+each such number that it was ever used with. Words are stored through ``memoryview.cast("Q")``: one aligned store,
+never torn (``struct.pack_into`` writes byte by byte and is, which is good enough for texts).
 
 The file describes itself in JSON, so that a reader needs nothing but the descriptor:
 
@@ -19,17 +20,24 @@ mapped once: what nobody has written to takes no memory.
 import json
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Self
+from struct import pack_into
+from typing import Any, Self
 
-VERSION = 2
+from msgspec import Struct, field
+from msgspec.structs import asdict, replace
+
+VERSION = 3
 WORD = 8
 SPAN = 1 << 26  # bytes
+MOST_LANES = 1 << 17  # of all workers that the settings want: their rows leave room for others while they are replaced
 DIRECTORY = 1 << 16  # bytes
 
 # The daemon's words, written by the master. Times are nanoseconds since the epoch, durations nanoseconds.
 STARTED_AT, HEARTBEAT, LAYOUT, RELOADED_AT, RELOAD_NS, RELOADS = range(6)  # RELOADS: the first of one word per result
+LOG_DROPPED = 15  # lines of the log, the master's own and those of molds
+RELOAD_FAILED = 14  # 1 when the last reload was not done
 DAEMON_WORDS = 16
 _FIRST_BLOCK = 2 * DIRECTORY // WORD + DAEMON_WORDS
 
@@ -43,17 +51,27 @@ CAUSES = (
 )  # fmt: skip
 
 # A service's words, written by the master.
-GENERATION, SIZE, ROWS_USED, SPAWNS, KILLED, REAPED_CPU_NS, EXITS = range(7)  # EXITS: the first of one word per cause
-SERVICE_WORDS = 24
+GENERATION, SIZE, LIMIT, SPAWNS, KILLED, REAPED_CPU_NS, EXITS = range(7)  # EXITS: the first of one word per cause
+SERVICE_WORDS = 32
+CAPACITY = SERVICE_WORDS - 1  # how many requests it may hold at a time, where that closes the door; 0: not known
+HELD_BACK = SERVICE_WORDS - 2  # how many slots are left empty for a while
 
-# A listener's words, written by the master.
-BACKLOG, BACKLOG_LIMIT, DROPS = range(3)
+# A listener's words, written by the master. ENDS: 1 when nobody serves it once the lanes that do have left.
+BACKLOG, BACKLOG_LIMIT, DROPS, ENDS = range(4)
 LISTENER_WORDS = 8
 
-# A lane's row, written by the lane.
-PID, ROW_GENERATION, STATE, SINCE, BEGUN, OK, ERRORS, REFUSED, BUSY_NS, BUCKETS = range(10)
-ROW_WORDS = 32
-FEWEST_ROWS = 16  # that are added at a time
+# A lane's row, written by the lane; the first three words only in the first row of a worker, for all of them. SINCE and
+# DEADLINE are on the monotonic clock, in nanoseconds, and 0 when it holds no request; LISTENER, CLIENT and the texts at
+# PEER and MARK are of the request that it holds, or held last.
+PID, ROW_GENERATION, STATE, SINCE, DEADLINE, LISTENER, CLIENT = range(7)
+BEGUN, OK, ERRORS, REFUSED, LIMITED, FULL, IDLED, TRUNCATED, BUSY_NS = range(7, 16)
+BUCKETS = 16  # the first of one word per bucket
+PEER, MARK, UNWRITTEN, UNLOGGED, THREAD, ROW_WORDS = 33, 39, 45, 46, 47, 48
+# UNWRITTEN: lines of the access log that were dropped, UNLOGGED: of the log, both in the first row of a worker. THREAD:
+# which one the lane is, as faulthandler names it; 0: none.
+TEXT = 48  # bytes of PEER, and of MARK
+FEWEST_ROWS = 16  # that are added at a time, and
+MOST_ROWS = 4096  # unless one slot has more
 MOST_GONE = 32  # services whose words stay although they are not there any more
 
 # What STATE may say. Busy is not among them: a lane is busy while it has begun more requests than it has ended.
@@ -66,8 +84,10 @@ BOUNDS_NS = tuple(
 )
 
 
-# What frames the entries in a description, and some room for pools that grow, in bytes.
-_HEADING = 1 << 10
+# The longest levels of loggers in a description, in bytes; and what frames the entries in it, with that, and with some
+# room for pools that grow.
+LEVELS_LENGTH = 1 << 12
+_HEADING = (1 << 10) + LEVELS_LENGTH
 
 
 def ended(row: memoryview) -> int:
@@ -75,24 +95,80 @@ def ended(row: memoryview) -> int:
     return int(row[OK] + row[ERRORS] + row[REFUSED])
 
 
-def is_busy(row: memoryview) -> bool:
-    """Whether the lane of this row holds a request."""
-    return bool(row[BEGUN] > ended(row))
+def write_text(row: memoryview, word: int, text: str) -> None:
+    """Have a text at PEER or MARK, as much of it as fits."""
+    pack_into("48s", row, word * WORD, text.encode(errors="replace"))
 
 
-def blank_row() -> memoryview:
-    """A row of its own, shared with children forked later, for a server that has no scoreboard."""
-    return memoryview(mmap.mmap(-1, ROW_WORDS * WORD)).cast("Q")
+def read_text(row: memoryview, word: int) -> str:
+    return bytes(row[word : word + TEXT // WORD]).partition(b"\0")[0].decode(errors="replace")
 
 
-@dataclass
-class Entry:
+class Rows:
+    """The rows of neighbours: of the lanes of a slot, or of many slots."""
+
+    def __init__(self, words: memoryview) -> None:
+        self.words = words
+
+    @classmethod
+    def blank(cls, lanes: int = 1) -> Self:
+        """Rows of their own, shared with children forked later, for a server that has no scoreboard."""
+        return cls(memoryview(mmap.mmap(-1, lanes * ROW_WORDS * WORD)).cast("Q"))
+
+    def __len__(self) -> int:
+        return len(self.words) // ROW_WORDS
+
+    def __getitem__(self, lane: int) -> memoryview:
+        if not 0 <= lane < len(self):
+            raise IndexError(f"no row {lane} of {len(self)}")
+        return self.words[lane * ROW_WORDS : (lane + 1) * ROW_WORDS]
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return (self[lane] for lane in range(len(self)))
+
+    def column(self, word: int) -> memoryview:
+        """This word of every row."""
+        return self.words[word::ROW_WORDS]
+
+    def total(self, *words: int) -> int:
+        return sum(sum(self.column(word)) for word in words)
+
+    @property
+    def ended(self) -> int:
+        """Number of requests that they have seen through to an outcome."""
+        return self.total(OK, ERRORS, REFUSED)
+
+    @property
+    def busy(self) -> int:
+        """How many of them hold a request."""
+        return sum(map(bool, self.column(SINCE)))
+
+    @property
+    def oldest(self) -> int:
+        """Since when the one is held that they have held for the longest, on the monotonic clock in ns; 0: none is."""
+        return min(filter(None, self.column(SINCE)), default=0)
+
+    def settle(self) -> int:
+        """Take over the rows of dead lanes: empty them, and return how many requests died with them."""
+        return sum(map(_settle, self))
+
+
+def _settle(row: memoryview) -> int:
+    killed = max(0, row[BEGUN] - ended(row))  # whatever its owner has written there
+    row[BEGUN] = ended(row)
+    row[STATE], row[PID], row[SINCE], row[DEADLINE] = EMPTY, 0, 0, 0
+    return int(killed)
+
+
+class Entry(Struct):
     """A service's entry in the directory: where its blocks begin, counted in words from the start of the file."""
 
     service: str
     words: int
     listeners: list[tuple[str, int]] = field(default_factory=list)  # url; an empty one is a block to be used again
-    rows: list[tuple[int, int]] = field(default_factory=list)  # where a block of rows begins, and how many it has
+    rows: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # of each block: where, how many slots, lanes of each
     is_gone: bool = False
 
 
@@ -108,44 +184,49 @@ class Service:
         """The words of each listener, by its URL."""
         return {url: self.board.words[at : at + LISTENER_WORDS] for url, at in self.entry.listeners if url}
 
-    def place_of_row(self, index: int) -> int:
-        """Where the row of a lane begins. ``index`` is counted within the service; IndexError when it has no such."""
-        for at, number in self.entry.rows:
-            if index < number:
-                return at + index * ROW_WORDS
-            index -= number
-        raise IndexError(f"{self.entry.service} has no row {index} more")
+    def place(self, slot: int, lanes: int) -> int:
+        """Where the rows of a slot with so many lanes begin. Raises IndexError when it has none yet."""
+        for at, slots, of_each in self.entry.rows:
+            if of_each != lanes:
+                continue
+            if slot < slots:
+                return at + slot * lanes * ROW_WORDS
+            slot -= slots
+        raise IndexError(f"{self.entry.service} has no rows for {slot} slots more")
 
-    def row(self, index: int) -> memoryview:
-        return self.board.row_at(self.place_of_row(index))
+    def rows(self, slot: int, lanes: int = 1) -> Rows:
+        """The rows of a slot. Raises IndexError when it has none yet."""
+        return self.board.rows_at(self.place(slot, lanes), lanes)
 
-    def rows(self) -> Iterator[memoryview]:
-        """The rows that were ever used; an untouched page of the rest is never read, for reading would allocate it."""
-        return (self.row(index) for index in range(self.words[ROWS_USED]))
+    def blocks(self) -> Iterator[Rows]:
+        """All rows, used or not."""
+        return (self.board.rows_at(at, slots * lanes) for at, slots, lanes in self.entry.rows)
 
-    def use_row(self, index: int) -> int:
-        """Where the row of a lane begins, after making room for it if there is none yet. For the master only.
+    def slots(self) -> Iterator[tuple[int, Rows]]:
+        """All rows, used or not, those of each slot together, with its number."""
+        before: Counter[int] = Counter()  # slots with so many lanes each, in the blocks so far
+        for at, slots, lanes in self.entry.rows:
+            for slot in range(slots):
+                yield before[lanes] + slot, self.board.rows_at(at + slot * lanes * ROW_WORDS, lanes)
+            before[lanes] += slots
+
+    def use(self, slot: int, lanes: int = 1) -> int:
+        """Where the rows of a slot begin, after making room for them if there is none yet. For the master only.
 
         Raises MemoryError when the scoreboard is full.
         """
-        has = sum(number for _, number in self.entry.rows)
-        if index >= has:
-            self.entry.rows.append(self.board.add_rows(max(index + 1 - has, has, FEWEST_ROWS)))
-            try:
-                self.board.write_directory()
-            except MemoryError:
-                self.entry.rows.pop()
-                raise
-        self.words[ROWS_USED] = max(self.words[ROWS_USED], index + 1)
-        return self.place_of_row(index)
-
-    def settle_row(self, index: int) -> int:
-        """Take over the row of a dead lane: empty it, and return how many requests died with it."""
-        row = self.row(index)
-        killed = max(0, row[BEGUN] - ended(row))  # whatever its owner has written there
-        row[BEGUN] = ended(row)
-        row[STATE], row[PID] = EMPTY, 0
-        return int(killed)
+        try:
+            return self.place(slot, lanes)
+        except IndexError:
+            has = sum(slots for _, slots, of_each in self.entry.rows if of_each == lanes)
+            slots = max(slot + 1 - has, min(has, MOST_ROWS // lanes), FEWEST_ROWS // lanes)
+            self.entry.rows.append((self.board.add_words(slots * lanes * ROW_WORDS), slots, lanes))
+        try:
+            self.board.write_directory()
+        except MemoryError:
+            self.entry.rows.pop()
+            raise
+        return self.place(slot, lanes)
 
 
 class Scoreboard:
@@ -156,6 +237,8 @@ class Scoreboard:
         self.words = memoryview(mapped).cast("Q")
         self.daemon = self.words[_FIRST_BLOCK - DAEMON_WORDS : _FIRST_BLOCK]
         self.name = ""
+        self.user_metrics = ""  # directory of the files with metrics of the user's own; empty: there is none
+        self.log_levels: dict[str, int] = {}  # of loggers of the target, by name
         self.services: dict[str, Service] = {}
         self._entries: dict[str, Entry] = {}
         self._end = _FIRST_BLOCK
@@ -193,28 +276,56 @@ class Scoreboard:
         """Take notice of what has been added or has gone since the last time. For readers."""
         if self.daemon[LAYOUT] == self._layout:
             return
-        text = b""
-        while self.daemon[LAYOUT] != self._layout:  # or else the master has begun to write over what we have read
-            self._layout = self.daemon[LAYOUT]
-            text = bytes(self._directory(self._layout))
-        directory = json.loads(text.partition(b"\0")[0])
+        self._layout, directory = self._published()
         if directory["version"] != VERSION:
             raise ValueError(f"scoreboard of version {directory['version']}, this program reads version {VERSION}")
         self.name, self._end = directory["name"], directory["end"]
+        self.user_metrics = directory.get("user_metrics", "")
+        self.log_levels = directory.get("log_levels", {})
         entries = [Entry(**fields) for fields in directory["services"]]
         self._entries = {entry.service: entry for entry in entries}
         self.services = {entry.service: Service(self, entry) for entry in entries if not entry.is_gone}
 
-    def row_at(self, at: int) -> memoryview:
-        """The row that begins at this word of the file."""
-        return self.words[at : at + ROW_WORDS]
+    def _published(self) -> tuple[int, dict[str, Any]]:
+        """The directory as it is now, and its number."""
+        layout, text = -1, b""
+        while self.daemon[LAYOUT] != layout:  # or else the master has begun to write over what we have read
+            layout = self.daemon[LAYOUT]
+            text = bytes(self._directory(layout))
+        return layout, json.loads(text.partition(b"\0")[0])
+
+    def levels_now(self) -> tuple[int, dict[str, int]]:
+        """The levels of loggers as they are now, and the number of the directory that says so.
+
+        What else this object knows stays as it is: a lane may be about to refresh that.
+        """
+        layout, directory = self._published()
+        return layout, directory.get("log_levels", {})
+
+    def rows_at(self, at: int, number: int) -> Rows:
+        """As many rows, the first of which begins at this word of the file."""
+        return Rows(self.words[at : at + number * ROW_WORDS])
 
     # For the master only.
+
+    def keep_user_metrics(self, directory: str) -> None:
+        """Say where the metrics of the user's own are."""
+        self.user_metrics = directory
+        self.write_directory()
+
+    def keep_log_levels(self, levels: Mapping[str, int]) -> None:
+        """Say which levels loggers are to have. Raises MemoryError when that does not fit."""
+        before, self.log_levels = self.log_levels, dict(levels)
+        try:
+            self.write_directory()
+        except MemoryError:
+            self.log_levels = before
+            raise
 
     def add(self, service: str) -> Service:
         """The words of a service: new ones, or those that it had when it was here before. Rows come with their use."""
         entry = (
-            self._entries.pop(service, None) or self._recycled(service) or Entry(service, self._block(SERVICE_WORDS))
+            self._entries.pop(service, None) or self._recycled(service) or Entry(service, self.add_words(SERVICE_WORDS))
         )
         entry.is_gone = False
         self._entries[service] = entry
@@ -228,19 +339,21 @@ class Scoreboard:
         if len(gone) < MOST_GONE:
             return None
         old = self._entries.pop(gone[0].service)
-        blocks = [(old.words, SERVICE_WORDS), *((at, number * ROW_WORDS) for at, number in old.rows)]
+        blocks = [(old.words, SERVICE_WORDS), *((at, slots * lanes * ROW_WORDS) for at, slots, lanes in old.rows)]
         for at, length in blocks:
             self.words[at : at + length] = memoryview(bytes(length * WORD)).cast("Q")
         return Entry(service, old.words, [("", at) for _, at in old.listeners], old.rows)
 
     def lacks_room(self, services: Mapping[str, Sequence[str]]) -> str | None:
         """Why these services cannot be described with their listeners, if they cannot. Asked before they are added."""
-        entries = {name: asdict(entry) for name, entry in self._entries.items()}
+        entries = dict(self._entries)
         for name, urls in services.items():
-            entry = entries.setdefault(name, asdict(Entry(name, SPAN, rows=[(SPAN, FEWEST_ROWS)])))
-            known = [url for url, _ in entry["listeners"]]
-            entry["listeners"] += [(url, SPAN) for url in urls if url not in known]
-        length = len(json.dumps(list(entries.values()))) + len(json.dumps(self.name)) + _HEADING
+            entry = entries.get(name) or Entry(name, SPAN, rows=[(SPAN, FEWEST_ROWS, FEWEST_ROWS)])
+            known = [url for url, _ in entry.listeners]
+            added = [(url, SPAN) for url in urls if url not in known]
+            entries[name] = replace(entry, listeners=entry.listeners + added)
+        words = json.dumps([self.name, self.user_metrics, *map(asdict, entries.values())])
+        length = len(words) + _HEADING
         if length < DIRECTORY:
             return None
         return f"{len(services)} services with their addresses need {length} bytes of description, not {DIRECTORY}"
@@ -257,19 +370,19 @@ class Scoreboard:
         entry = self._entries[service]
         kept = dict(entry.listeners)
         free = [at for url, at in entry.listeners if url not in urls]
-        blocks = [(url, kept[url]) for url in urls if url in kept]
+        blocks = []  # in the order of the listeners, which is how lanes number them
         for url in dict.fromkeys(urls):
-            if url not in kept:
-                at = free.pop() if free else self._block(LISTENER_WORDS)
+            if url in kept:
+                blocks.append((url, kept[url]))
+            else:
+                at = free.pop() if free else self.add_words(LISTENER_WORDS)
                 self.words[at : at + LISTENER_WORDS] = memoryview(bytes(LISTENER_WORDS * WORD)).cast("Q")
                 blocks.append((url, at))
         entry.listeners = [*blocks, *(("", at) for at in free)]
         self.write_directory()
 
-    def add_rows(self, number: int) -> tuple[int, int]:
-        return self._block(number * ROW_WORDS), number
-
-    def _block(self, words: int) -> int:
+    def add_words(self, words: int) -> int:
+        """Where a block of so many words begins. Raises MemoryError when the scoreboard is full."""
         if (self._end + words) * WORD > SPAN:
             raise MemoryError(f"the scoreboard is full: {SPAN} bytes")
         at = self._end
@@ -279,7 +392,8 @@ class Scoreboard:
     def write_directory(self) -> None:
         """Publish what has changed. Raises MemoryError when the description does not fit."""
         services = [asdict(entry) for entry in self._entries.values()]
-        text = json.dumps({"version": VERSION, "name": self.name, "end": self._end, "services": services}).encode()
+        about = {"version": VERSION, "name": self.name, "end": self._end, "user_metrics": self.user_metrics}
+        text = json.dumps({**about, "log_levels": self.log_levels, "services": services}).encode()
         if len(text) >= DIRECTORY:
             raise MemoryError(f"{len(self._entries)} services need {len(text)} bytes of description, not {DIRECTORY}")
         self._layout += 1

@@ -12,7 +12,8 @@ import socket
 from time import monotonic
 from typing import Any
 
-from preforkd_workers.lane import BUSY_TURNS, Lane, Starved
+from preforkd_workers.lane import BUSY_TURNS, Lane
+from preforkd_workers.turns import Starved
 
 
 class Drained(SystemExit):
@@ -27,12 +28,13 @@ class Single:
         self._epoll: select.epoll | None = None
         self._socket_timeouts: dict[int, float | None] = {}
         self._busy_turns = 0
+        self._has_told = False  # the class, by a call that has returned, that the worker drains
 
     def handle_request(self, server: Any) -> None:
         """Handle one request, or call ``handle_timeout`` of ``server`` when there is none within its ``timeout``.
 
         Returns without either when the worker is told to drain meanwhile, so that a loop may end in its own way.
-        Raises Drained, a SystemExit of status 0, when it has been told before; ValueError when ``server`` is closed.
+        Raises Drained, a SystemExit of status 0, when it is called once more; ValueError when ``server`` is closed.
         """
         lane = self._lane
         if server.fileno() < 0:
@@ -40,11 +42,22 @@ class Single:
         timeout = self._timeout_of(server)
         end = float("inf") if timeout is None else monotonic() + timeout
         if self._epoll is None:
-            self._epoll = lane.poll()
+            self._epoll = lane.watch()
         if self._busy_turns >= BUSY_TURNS:
             self._wait(0.0)
-        self._go_on()
-        is_woken = False
+        if self._has_told:
+            lane.take_remainder()
+            raise Drained(0)
+        lane.is_taking = True
+        try:
+            self._handle_one(server, end)
+        finally:
+            lane.leave()
+            self._has_told = lane.draining
+
+    def _handle_one(self, server: Any, end: float) -> None:
+        """``end``: of the wait for a request, monotonic."""
+        lane, is_woken = self._lane, False
         while not lane.draining:
             try:
                 if self._take():
@@ -57,11 +70,7 @@ class Single:
             is_woken = self._wait(patience)
         if is_woken:
             lane.take_last()
-        return
-
-    def _go_on(self) -> None:
-        if self._lane.draining:
-            raise Drained(0)
+        lane.take_remainder()
 
     def _take(self) -> bool:
         """One request of whichever server has one, each being the first to be asked in its turn."""

@@ -5,8 +5,6 @@ import importlib.util
 import os
 import socket
 import sys
-from dataclasses import dataclass
-from difflib import get_close_matches
 from socketserver import (
     BaseRequestHandler,
     BaseServer,
@@ -22,10 +20,14 @@ from socketserver import (
 from types import ModuleType
 from typing import Any
 
+from msgspec import Struct
+
 from preforkd_workers.adoption import AdoptableSocket, adoption, protect
 from preforkd_workers.explanation import TargetError
+from preforkd_workers.extras import offer
 from preforkd_workers.hooks import Hook, Hooks
 from preforkd_workers.spec import Listener, Spec
+from preforkd_workers.spelling import meant
 
 # The server class for a bare handler.
 _SERVER_CLASSES: dict[tuple[int, int], type[TCPServer]] = {
@@ -40,8 +42,7 @@ _SERVER_CLASSES: dict[tuple[int, int], type[TCPServer]] = {
 _WANTED = "want a request handler class, a server class, a server instance, or a factory f(address) -> server"
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Struct, frozen=True):
     """Server objects, one per listener, what kind of thing they were made from, and the hooks beside it."""
 
     kind: str
@@ -65,7 +66,7 @@ def build(spec: Spec) -> Target:
     with adoption(spec.listeners):
         found = load(spec.target)
     handler = None if spec.handler is None else load(spec.handler)
-    hooks = Hooks({setting: _find_hook(spec.target, setting, name) for setting, name in spec.hooks.items()})
+    hooks = Hooks({setting: find_hook(spec.target, setting, name) for setting, name in spec.hooks.items()})
     if isinstance(found, BaseServer) and len(spec.listeners) > 1:
         raise TargetError(
             f"{spec.target} is one server instance and has one socket, not {len(spec.listeners)} listeners"
@@ -74,13 +75,32 @@ def build(spec: Spec) -> Target:
     servers = [_construct(spec.target, found, handler, listener) for listener in spec.listeners]
     for server, listener in zip(servers, spec.listeners, strict=True):
         listener.socket.close()  # the server has a copy
-        server.draining = False  # type: ignore[attr-defined]
-        if spec.max_packet_size:
-            server.max_packet_size = spec.max_packet_size  # type: ignore[attr-defined]
+        prepare(server, spec)
     return Target(kind, servers, hooks)
 
 
-def _find_hook(target: str, setting: str, name: str) -> Hook:
+def prepare(server: Any, spec: Spec) -> None:
+    """Have the server be as the settings say, and have what handlers may look at. Raises TargetError when it cannot."""
+    _check_door(spec, server)
+    offer(server)
+    server.draining = False
+    if spec.max_packet_size:
+        server.max_packet_size = spec.max_packet_size
+
+
+def _check_door(spec: Spec, server: Any) -> None:
+    """Whether it can be seen at the door what a server takes, and told what it holds."""
+    if not spec.limits.has_door or server.socket.type != socket.SOCK_STREAM:
+        return
+    name = type(server).__name__
+    if isinstance(server, ForkingMixIn) or (isinstance(server, ThreadingMixIn) and spec.kind == "process"):
+        mixin = "ForkingMixIn" if isinstance(server, ForkingMixIn) else "ThreadingMixIn"
+        raise TargetError(f"{name} mixes in {mixin}: max_per_client and when_full count lanes; use kind = thread")
+    if not hasattr(server.socket, "__dict__"):
+        raise TargetError(f"{name} accepts from a socket of its own making: max_per_client and when_full cannot be")
+
+
+def find_hook(target: str, setting: str, name: str) -> Hook:
     """A hook by its name in the target's own module, or by a name such as the target's."""
     own = target.rpartition(":")[0]
     try:
@@ -104,8 +124,8 @@ def load(name: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            close = get_close_matches(part, dir(found), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            close = meant(part, dir(found))
+            hint = f"; did you mean {close!r}?" if close else ""
             raise TargetError(f"{place} has no {attribute!r}{hint}") from None
     return found
 
@@ -170,7 +190,7 @@ def _construct(name: str, found: Any, handler: Any, listener: Listener) -> BaseS
                 server = found(address)
                 if not isinstance(server, BaseServer):
                     raise TargetError(f"{name}{address!r} returned {_describe(server)}, not a server")
-    _fit(name, server, listener)
+    fit(name, server, listener)
     return server
 
 
@@ -197,7 +217,7 @@ def _server_of_class(name: str, server_class: Any, handler: Any, address: Any) -
     return server
 
 
-def _fit(name: str, server: Any, listener: Listener) -> None:
+def fit(name: str, server: Any, listener: Listener) -> None:
     """See to it that the server serves the listener, whatever socket it made for itself."""
     wanted, given = getattr(server, "socket_type", listener.socket.type), listener.socket.type
     if wanted != given:

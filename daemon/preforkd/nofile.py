@@ -5,7 +5,7 @@ import resource
 _inherited = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
-def use_all_descriptors(inherited: tuple[int, int] | None = None) -> None:
+def use_all(inherited: tuple[int, int] | None = None) -> None:
     """Raise our soft limit to the hard one (setrlimit(2)). ``inherited``: with what a master before us was started."""
     global _inherited
     _inherited = (inherited[0], inherited[1]) if inherited else _inherited

@@ -1,0 +1,1 @@
+"""``preforkd deploy``: what is shipped for systemd, supervisord and Prometheus, fitted to settings."""

@@ -1,0 +1,1 @@
+"""What stands beside supervisord (``preforkd supervisor listener``), or in it and in supervisorctl."""

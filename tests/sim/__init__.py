@@ -1,0 +1,1 @@
+"""A simulator of elastic pools. ``python -m tests.sim`` runs it."""
