@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Self
@@ -42,6 +43,15 @@ def kill(pid: int) -> None:
         assert select.select([process], [], [], DEADLINE)[0], f"{pid} does not die"
     finally:
         os.close(process)
+
+
+def opened(pid: int) -> list[str]:
+    """What a process has open, as the links of its descriptors read (proc(5))."""
+    links = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed since
+            links.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return links
 
 
 def unprivileged() -> list[str]:
@@ -306,9 +316,15 @@ class Daemon:
         said = self.log.matches(rf"^worker_ready service={name} .*\bpid=(\d+)")
         return [int(match[1]) for match in said if _is_alive(int(match[1]))]
 
+    def in_their_lanes(self, service: str | None = None) -> list[int]:
+        """The same pids, once each worker waits for clients, and so has every descriptor that it needs for that."""
+        pids = self.workers(service)
+        eventually(lambda: all("anon_inode:[eventpoll]" in opened(pid) for pid in pids), "all wait for clients")
+        return pids
+
     def descriptors(self) -> int:
         """How many descriptors the master has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        return len(opened(self.pid))
 
     def zombies(self) -> list[int]:
         return [pid for pid, fields in _processes() if fields[0] == "Z" and int(fields[3]) == self.pid]

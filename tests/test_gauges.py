@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.clients.conftest import METRICS
 from tests.conftest import Serve
-from tests.daemon import eventually
+from tests.daemon import eventually, opened
 from tests.test_alerts import APP, LEAKED, TCP
 
 OF_WORKERS, OF_MASTER = 'preforkd_worker_open_fds_ratio{service="Leak"}', "preforkd_master_open_fds_ratio"
@@ -15,18 +15,17 @@ HELD_BACK = 'preforkd_slots_held_back{service="Quiet"}'
 RELOADED = "preforkd_last_reload_successful"
 
 
-def opened(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
 def test_the_worker_nearest_to_its_limit_tells_of_the_descriptors(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
     daemon = serve("app:Leak", *TCP, *METRICS, "--max-children", "3", "--set", "rlimits=nofile=100")
 
     def tells(greatest: int) -> bool:
-        return daemon.metrics()[OF_WORKERS] == greatest / 100 and max(map(opened, daemon.workers())) == greatest
+        return daemon.metrics()[OF_WORKERS] == greatest / 100 and most_opened() == greatest
 
-    at_rest = max(map(opened, daemon.workers()))
+    def most_opened() -> int:
+        return max(len(opened(pid)) for pid in daemon.in_their_lanes())
+
+    at_rest = most_opened()
     eventually(lambda: tells(at_rest), "all are at rest")
     with daemon.connect():
         eventually(lambda: tells(at_rest + LEAKED + 1), "one leaks, and has the connection")

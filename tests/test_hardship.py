@@ -22,7 +22,7 @@ import pytest
 
 from preforkd.holdback import pause
 from tests.conftest import Serve
-from tests.daemon import DEADLINE, Daemon, eventually, unprivileged
+from tests.daemon import DEADLINE, Daemon, eventually, opened, unprivileged
 
 TCP = ("--listen", "tcp://127.0.0.1:0")
 METRICS = ("--metrics", "tcp://127.0.0.1:0")
@@ -161,14 +161,14 @@ def test_ten_thousand_connections_opened_and_dropped_are_all_counted(serve: Serv
     """``BaseRequestHandler`` itself does nothing, so nobody is told to be quiet about resets."""
     daemon = serve("socketserver:BaseRequestHandler", *TCP, *METRICS, "--max-children", "2")
     before, address = daemon.descriptors(), daemon.address()
-    workers = daemon.workers("BaseRequestHandler")
-    open_before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in workers]
+    workers = daemon.in_their_lanes("BaseRequestHandler")
+    open_before = [len(opened(pid)) for pid in workers]
     for number in range(10_000):
         client = socket.create_connection(address, DEADLINE)
         reset(client) if number % 2 else client.close()
     eventually(lambda: outcomes(daemon, "BaseRequestHandler") == {"ok": 10_000})
     assert daemon.workers("BaseRequestHandler") == workers
-    assert [len(os.listdir(f"/proc/{pid}/fd")) for pid in workers] == open_before
+    assert [len(opened(pid)) for pid in workers] == open_before
     eventually(lambda: daemon.descriptors() == before)
 
 
@@ -222,14 +222,6 @@ def test_a_mold_that_cannot_be_forked_is_said_and_tried_again(serve: Serve) -> N
     assert daemon.descriptors() == before
 
 
-def in_its_lane(daemon: Daemon) -> int:
-    """The only worker, once it waits for clients and so has every descriptor that it needs for that."""
-    (worker,) = daemon.workers()
-    folder = Path(f"/proc/{worker}/fd")
-    eventually(lambda: any("eventpoll" in os.readlink(each) for each in folder.iterdir()))
-    return worker
-
-
 def lowest_free_descriptor(pid: int) -> int:
     taken = set(map(int, os.listdir(f"/proc/{pid}/fd")))
     return next(number for number in range(len(taken) + 1) if number not in taken)
@@ -250,7 +242,7 @@ def naps(pid: int) -> int:
 @pytest.mark.parametrize("words", [(":Upper",), (":ThreadingObeyServer", "--handler", ":Obey")])
 def test_an_accept_that_fails_is_said_and_waited_out_without_burning_cpu(serve: Serve, words: tuple[str, ...]) -> None:
     daemon = serve(*words, *TCP, *ONE)
-    worker = in_its_lane(daemon)
+    (worker,) = daemon.in_their_lanes()
     with limited(worker, resource.RLIMIT_NOFILE, lowest_free_descriptor(worker)), daemon.connect() as client:
         client.sendall(b"say a\n")
         daemon.log.wait_for("^starved .*error=.Too many open files. advice=.*RLIMIT_NOFILE")
@@ -268,7 +260,7 @@ def test_an_accept_that_fails_is_said_and_waited_out_without_burning_cpu(serve: 
 
 def test_a_starved_worker_leaves_when_it_is_told_to(serve: Serve) -> None:
     daemon = serve(":Upper", *TCP, *ONE)
-    worker = in_its_lane(daemon)
+    (worker,) = daemon.in_their_lanes()
     with limited(worker, resource.RLIMIT_NOFILE, lowest_free_descriptor(worker)), daemon.connect():
         daemon.log.wait_for("^starved ")
         daemon.signal(signal.SIGTERM)
