@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import IO, ClassVar, Self
 from urllib.parse import urlsplit
 
 import pytest
@@ -86,27 +86,46 @@ def samples(page: str) -> dict[str, float]:
 
 
 class Log:
-    """The lines of a pipe, read by a thread, to be waited for."""
+    """The lines of a pipe, to be waited for. Whoever asks meets all that has been written by then."""
 
-    def __init__(self, pipe: Iterator[bytes]) -> None:
+    def __init__(self, pipe: IO[bytes] | None) -> None:
+        assert pipe is not None
+        self._pipe = pipe
+        self._number = pipe.fileno()
+        os.set_blocking(self._number, False)
+        self._rest = b""
         self._lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
-        self._thread = threading.Thread(target=self._read, args=(pipe,), daemon=True)
+        self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def _read(self, pipe: Iterator[bytes]) -> None:
-        for line in pipe:
+    def _read(self) -> None:
+        poll = select.poll()
+        poll.register(self._number, select.POLLIN)
+        while not self._ended:
+            poll.poll()
             with self._changed:
-                self._lines.append(line.decode(errors="replace").rstrip("\n"))
-                self._changed.notify_all()
-        with self._changed:
-            self._ended = True
+                self._take()
+
+    def _take(self) -> None:
+        """Read what is there."""
+        while not self._ended:
+            try:
+                data = os.read(self._number, 1 << 16)
+            except BlockingIOError:
+                return
+            *whole, self._rest = (self._rest + data).split(b"\n")
+            if not data:
+                self._ended = True
+                whole = [self._rest] if self._rest else []
+            self._lines += [line.decode(errors="replace") for line in whole]
             self._changed.notify_all()
 
     @property
     def lines(self) -> list[str]:
         with self._changed:
+            self._take()
             return list(self._lines)
 
     @property
@@ -133,6 +152,11 @@ class Log:
         """Wait until the pipe is closed on the other side by all who had it."""
         self._thread.join(DEADLINE)
         assert self._ended, f"somebody still holds the log:\n{self.text}"
+
+    def close(self) -> None:
+        """Call when nobody is left who might write."""
+        self.finish()
+        self._pipe.close()
 
 
 def exchange(client: socket.socket, question: bytes) -> bytes:
@@ -199,10 +223,8 @@ class Daemon:
             pass_fds=pass_fds,
             start_new_session=True,
         )
-        assert self.process.stderr is not None
-        assert self.process.stdout is not None
-        self.log = Log(iter(self.process.stderr.readline, b""))
-        self.out = Log(iter(self.process.stdout.readline, b""))
+        self.log = Log(self.process.stderr)
+        self.out = Log(self.process.stdout)
 
     def __enter__(self) -> Self:
         return self
@@ -222,9 +244,10 @@ class Daemon:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
-            for pipe in (self.process.stdout, self.process.stderr):
-                if pipe is not None and not self.family():
-                    pipe.close()
+            if not self.family():
+                self.log.close()
+                self.out.close()
+            sys.stderr.write(self.log.text)  # which pytest shows of a test that has failed
             if self.has_own_runtime:
                 shutil.rmtree(self.runtime)
 

@@ -71,8 +71,7 @@ class Prometheus:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        assert self.process.stderr is not None
-        self.log = Log(iter(self.process.stderr.readline, b""))
+        self.log = Log(self.process.stderr)
         self.address = ""
 
     def __enter__(self) -> Self:
@@ -87,9 +86,7 @@ class Prometheus:
         finally:
             self.process.kill()
             self.process.wait()
-            self.log.finish()
-            assert self.process.stderr is not None
-            self.process.stderr.close()
+            self.log.close()
         if kind is None:
             assert not self.log.matches("level=(error|warn)(?!.*Received SIGTERM)"), self.log.text
 

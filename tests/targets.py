@@ -127,6 +127,24 @@ class Thief(BaseRequestHandler):
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
 
+class LateThief(BaseRequestHandler):
+    """Takes a signal to read end-of-file, once the main thread waits for this one, and then waits to read that."""
+
+    def handle(self) -> None:
+        self.request.sendall(b"waiting\n")
+        if threading.current_thread() is not threading.main_thread():
+            pause = threading.Event()
+            while not self.is_waited_for():
+                pause.wait(0.01)
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
+            self.request.sendall(b"%d bytes\n" % len(self.request.recv(1)))
+
+    def is_waited_for(self) -> bool:
+        """Whether the main thread is in the module of ``join``, and asleep."""
+        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        return bool(frame.f_code.co_filename == threading.__file__ and self.server.draining)  # type: ignore[attr-defined]
+
+
 class Deaf(BaseRequestHandler):
     """Hangs in C, with the GIL held and whatever signals come: it locks a mutex twice."""
 

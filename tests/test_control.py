@@ -438,9 +438,8 @@ def test_the_window_of_a_terminal_may_change_its_size(tmp_path: Path) -> None:
     daemon = subprocess.Popen(
         command, stdin=theirs, stderr=subprocess.PIPE, env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     )
-    assert daemon.stderr is not None
+    said = Log(daemon.stderr)
     try:
-        said = Log(iter(daemon.stderr.readline, b""))
         said.wait_for("^ready")
         os.close(theirs)
         os.kill(daemon.pid, signal.SIGWINCH)
@@ -450,8 +449,7 @@ def test_the_window_of_a_terminal_may_change_its_size(tmp_path: Path) -> None:
     finally:
         daemon.terminate()
         assert daemon.wait(DEADLINE) == 0
-        said.finish()
-        daemon.stderr.close()
+        said.close()
         os.close(ours)
 
 

@@ -49,15 +49,13 @@ def running(daemon: Daemon, *words: object) -> Iterator[tuple[subprocess.Popen[b
     """preforkctl while it runs, and what it prints."""
     command = [sys.executable, "-m", "preforkd.ctl", "-s", daemon.control, *map(str, words)]
     process = subprocess.Popen(command, env=daemon.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout is not None
-    said = Log(iter(process.stdout.readline, b""))
+    said = Log(process.stdout)
     try:
         yield process, said
     finally:
         process.kill()
         process.wait()
-        said.finish()
-        process.stdout.close()
+        said.close()
 
 
 # What is told.

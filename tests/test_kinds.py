@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.daemon import DEADLINE, Daemon, eventually
+from tests.daemon import DEADLINE, Conversation, Daemon, eventually
 from tests.site import Site, Talk
 from tests.test_stop import METRICS, TCP, Client, exit_of, timeouts
 
@@ -287,6 +287,20 @@ def test_a_signal_that_another_thread_takes_is_answered_at_once(serve: Serve, ki
     daemon = serve(":Thief", *TCP, *kind.words)
     pid = int(daemon.ask(b""))
     assert " cause=drained status=0 " in exit_of(daemon, pid)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(":LateThief", "--kind", "thread"), (":ThreadingObeyServer", "--handler", ":LateThief")],
+    ids=["lanes", "threads of its own"],
+)
+def test_a_signal_that_a_thread_takes_which_is_waited_for_is_answered_at_once(serve: Serve, words: list[str]) -> None:
+    daemon = serve(*words, *TCP, *timeouts(2 * DEADLINE, 0))  # nobody but the thief says END_OF_FILE
+    with Conversation(daemon.connect()) as client:
+        assert client.answers.readline() == b"waiting\n"
+        daemon.signal(signal.SIGTERM)
+        assert client.answers.readline() == b"0 bytes\n"
+    assert daemon.wait() == 0
 
 
 # It is reloaded.

@@ -163,8 +163,7 @@ class Supervisor:
             start_new_session=True,
         )
         self._sessions.append(self.process)
-        assert self.process.stdout is not None
-        self.said = Log(iter(self.process.stdout.readline, b""))
+        self.said = Log(self.process.stdout)
         self.said.wait_for(r"supervisord started with pid")
         return self
 
@@ -188,10 +187,7 @@ class Supervisor:
                     process.kill()
                 process.wait()
             for log in (self.said, *self._logs.values()):
-                log.finish()
-            for process in (*self._sessions, *self._tails.values()):
-                assert process.stdout is not None
-                process.stdout.close()
+                log.close()
             shutil.rmtree(self.runtime)
 
     def kill(self) -> None:
@@ -269,8 +265,7 @@ class Supervisor:
             path = self.info(program)[f"{stream}_logfile"]
             command = ["tail", "-q", "-n", "+1", "--follow=name", "--retry", path]
             tail = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            assert tail.stdout is not None
-            self._tails[key], self._logs[key] = tail, Log(iter(tail.stdout.readline, b""))
+            self._tails[key], self._logs[key] = tail, Log(tail.stdout)
         return self._logs[key]
 
     def address(self, program: str) -> tuple[str, int]:

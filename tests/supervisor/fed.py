@@ -26,8 +26,7 @@ class Fed:
             env={**supervisor.environment, **ours, **(environment or {})},
             cwd="/",
         )
-        assert self.process.stderr is not None
-        self.log = Log(iter(self.process.stderr.readline, b""))
+        self.log = Log(self.process.stderr)
         self.serial = 0
         self.said = b""  # on standard output, all of it
         try:
@@ -50,9 +49,7 @@ class Fed:
         finally:
             self.process.kill()
             self.process.wait()
-            self.log.finish()
-            assert self.process.stderr is not None
-            self.process.stderr.close()
+            self.log.close()
 
     def tell(self, event: str, payload: str, skipped: int = 0) -> None:
         """Send an event as supervisord does, and wait until it is acknowledged."""

@@ -55,17 +55,14 @@ class Service:
         systemctl("daemon-reload")
         follow = ["journalctl", "--follow", "--lines=all", "--output=cat", "--unit", self.name]
         self._journal = subprocess.Popen(follow, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert self._journal.stdout is not None
-        self.log = Log(iter(self._journal.stdout.readline, b""))
+        self.log = Log(self._journal.stdout)
         return self.start() if self.starts else self
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["systemctl", "stop", self.name], timeout=DEADLINE, check=False)
         self._journal.kill()
         self._journal.wait()
-        assert self._journal.stdout is not None
-        self.log.finish()
-        self._journal.stdout.close()
+        self.log.close()
 
     def start(self) -> Self:
         done = subprocess.run(["systemctl", "start", self.name], capture_output=True, text=True, timeout=DEADLINE)

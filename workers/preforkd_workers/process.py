@@ -251,6 +251,8 @@ class Worker:
         """After the last request: close the servers, and wait for what threads still do."""
         if self.servers[0].draining:  # another thread has said so, and its signal is still to come
             self._tell_drain()
+        if self.kind != "gevent":  # which waits for greenlets
+            self.wakeup.watch()
         self.finish_requests()
         if ON_WORKER_STOP in self.hooks:
             self.wait()
