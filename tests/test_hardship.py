@@ -103,7 +103,7 @@ def test_a_handler_that_ends_its_worker_is_counted_and_the_worker_replaced(
     if order == b"segfault":
         assert daemon.log.matches(r"^Obey#0\| Fatal Python error: Segmentation fault")
         assert daemon.log.matches(r'^Obey#0\|   File ".*targets.py", line \d+ in obey')
-    assert not daemon.zombies()
+    eventually(lambda: not daemon.zombies(), "no zombie")
 
 
 def stamp(match: re.Match[str]) -> float:
@@ -206,7 +206,7 @@ def test_a_fork_that_fails_is_said_and_tried_again_until_it_succeeds(serve: Serv
         assert "check RLIMIT_NPROC" in daemon.log.text
         assert daemon.ask(b"a\n") == b"A\n"
     eventually(lambda: len(daemon.workers("Upper")) == 2)
-    assert not daemon.zombies()
+    eventually(lambda: not daemon.zombies(), "no zombie")
 
 
 def test_a_mold_that_cannot_be_forked_is_said_and_tried_again(serve: Serve) -> None:

@@ -1,5 +1,6 @@
 """Asking daemons whether they are well: all at once, each in its time, whatever it is that answers."""
 
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from time import monotonic
 
 import pytest
 
+from preforkd.ctl import Connection, Failed
 from preforkd.supervisor.healthchecks import ask
 from tests.conftest import Serve
 from tests.daemon import DEADLINE, eventually
@@ -79,6 +81,20 @@ def test_one_whose_backlog_is_full_is_not_waited_for_any_longer(stage: Stage) ->
         before = threading.active_count()
         assert ask({"full": path}, 0.5) == {"full": "no answer within 0.5 s"}
         eventually(lambda: threading.active_count() == before, "nobody waits any more", deadline=5)
+
+
+def test_a_signal_does_not_end_the_wait_for_room(stage: Stage) -> None:
+    path = stage("full", backlog=0)
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(path)
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+            with pytest.raises(Failed, match="Resource temporarily unavailable"):
+                Connection(path, 0.5)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_one_that_hangs_up_is_asked_again(stage: Stage) -> None:

@@ -185,7 +185,7 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
 
 
 def test_an_orphan_reads_end_of_file_before_it_is_ended_within_graceful_timeout(serve: Serve) -> None:
-    daemon = serve(":Obey", *TCP, "--set", "graceful_timeout=2", "--set", "eof_timeout=1.5")
+    daemon = serve(":Obey", *TCP, "--set", "graceful_timeout=4", "--set", "eof_timeout=3.5")
     _, (client, answers) = leave_a_busy_worker(daemon)
     assert answers.readline() == b"eof after 0\n"
     assert answers.read() == b""

@@ -371,7 +371,7 @@ def test_many_upgrades_leave_nothing_behind_and_tell_programs_nothing(site: Depl
     assert site.daemon.descriptors() == descriptors
     assert {word: set(site.ask(word).split()) for word in told} == told
     assert inherited() == told_programs
-    assert not site.daemon.zombies()
+    eventually(lambda: not site.daemon.zombies(), "no zombie")
 
 
 def test_settings_that_have_changed_are_taken_up(site: Deployment) -> None:
@@ -463,7 +463,7 @@ def test_who_dies_during_the_exec_is_reaped_and_replaced(site: Deployment) -> No
         site.daemon.log.wait_for("^upgraded ").string
     )
     eventually(site.is_settled)
-    assert not site.daemon.zombies()
+    eventually(lambda: not site.daemon.zombies(), "no zombie")
     assert not site.daemon.log.matches("^stranger_reaped")
 
 

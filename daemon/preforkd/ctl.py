@@ -61,11 +61,8 @@ class Connection:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # Not a time-out of Python's, with which connect fails at once when the daemon has no time to accept.
-            timeval = struct.pack("@ll", int(patience), int(patience % 1 * 1e6))
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
             with address_of(path) as address:
-                self._socket.connect(address)
+                self._connect(address, monotonic() + patience)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
             self._socket.close()
             raise NoDaemon(f"no daemon at {path}: {error.strerror}") from None
@@ -77,6 +74,19 @@ class Connection:
         with suppress(OSError):  # of another namespace
             self._daemon = os.pidfd_open(pid)
         self._answers = self._socket.makefile("rb")
+
+    def _connect(self, address: str, until: float) -> None:
+        """Connect, up to this time (monotonic)."""
+        while True:
+            left = max(until - monotonic(), 0.01)
+            # Not a time-out of Python's, with which connect fails at once when the daemon has no time to accept.
+            timeval = struct.pack("@ll", int(left), int(left % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+            self._socket.connect(address)
+            # Python takes a connect for done that a signal or a stop has interrupted (socketmodule.c, internal_connect).
+            with suppress(OSError):
+                self._socket.getpeername()
+                return
 
     def close(self) -> None:
         self._answers.close()
