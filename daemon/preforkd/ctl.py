@@ -83,7 +83,7 @@ class Connection:
             timeval = struct.pack("@ll", int(left), int(left % 1 * 1e6))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
             self._socket.connect(address)
-            # Python takes a connect for done that a signal or a stop has interrupted (socketmodule.c, internal_connect).
+            # Python takes a connect for done that a signal or a stop cut short (socketmodule.c, internal_connect).
             with suppress(OSError):
                 self._socket.getpeername()
                 return
