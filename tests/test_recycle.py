@@ -30,12 +30,22 @@ def asked(daemon: Daemon, number: int, question: bytes = b"pid\n", clients: int 
 
 def fewest_ready(daemon: Daemon) -> int:
     """How many workers were ready at the worst moment between "ready" and "stopping", by the order of the events."""
-    count, fewest = 0, 1 << 30
+    ready: set[str] = set()
+    fewest = 1 << 30
     is_up = False
     for line in daemon.log.lines:
-        count += line.startswith("worker_ready") - line.startswith("worker_exit")
-        is_up = (is_up or line.startswith("ready ")) and not line.startswith("stopping ")
-        fewest = min(fewest, count) if is_up else fewest
+        event, *fields = line.split()
+        pid = next((field for field in fields if field.startswith("pid=")), "")
+        match event:
+            case "worker_ready":
+                ready.add(pid)
+            case "worker_exit":
+                ready.discard(pid)  # one that was not needed any more may have left before
+            case "ready":
+                is_up = True
+            case "stopping":
+                is_up = False
+        fewest = min(fewest, len(ready)) if is_up else fewest
     return fewest
 
 
