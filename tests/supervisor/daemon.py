@@ -124,6 +124,7 @@ class Supervisor:
         }
         self.change(sections)
         self._sessions: list[subprocess.Popen[bytes]] = []
+        self._said: list[Log] = []  # in each of these
         self._tails: dict[str, subprocess.Popen[bytes]] = {}
         self._logs: dict[str, Log] = {}
 
@@ -163,9 +164,14 @@ class Supervisor:
             start_new_session=True,
         )
         self._sessions.append(self.process)
-        self.said = Log(self.process.stdout)
+        self._said.append(Log(self.process.stdout))
         self.said.wait_for(r"supervisord started with pid")
         return self
+
+    @property
+    def said(self) -> Log:
+        """What it prints, since its last start."""
+        return self._said[-1]
 
     def __enter__(self) -> Self:
         return self.start()
@@ -186,7 +192,7 @@ class Supervisor:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-            for log in (self.said, *self._logs.values()):
+            for log in (*self._said, *self._logs.values()):
                 log.close()
             shutil.rmtree(self.runtime)
 
