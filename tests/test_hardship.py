@@ -23,6 +23,7 @@ import pytest
 from preforkd.holdback import pause
 from tests.conftest import Serve
 from tests.daemon import DEADLINE, Daemon, eventually, opened, unprivileged
+from tests.test_stop import Client, exit_of
 
 TCP = ("--listen", "tcp://127.0.0.1:0")
 METRICS = ("--metrics", "tcp://127.0.0.1:0")
@@ -183,6 +184,12 @@ def limit(pid: int, which: int, soft: int, prefix: Sequence[str] = ()) -> None:
     subprocess.run(words, check=True, timeout=DEADLINE, cwd="/")
 
 
+def limit_threads(pid: int) -> None:
+    """From now on, a process gets no thread more: no memory for a stack."""
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    limit(pid, resource.RLIMIT_AS, used + (1 << 20))
+
+
 @contextmanager
 def limited(pid: int, which: int, soft: int, prefix: Sequence[str] = ()) -> Iterator[None]:
     """For this time, a process may have only so much; afterwards, if it still lives, as much as it ever may."""
@@ -266,6 +273,17 @@ def test_a_starved_worker_leaves_when_it_is_told_to(serve: Serve) -> None:
         daemon.signal(signal.SIGTERM)
         daemon.log.wait_for("^worker_exit .*cause=drained")
     assert daemon.wait() == 0
+
+
+def test_a_worker_that_gets_no_thread_more_finishes_what_it_holds(serve: Serve) -> None:
+    daemon = serve(":Obey", *TCP, *ONE, "--kind", "thread", "--threads", "2")
+    with Client(daemon) as client, Client(daemon) as other:
+        limit_threads(client.pid)
+        daemon.signal(signal.SIGTERM)
+        eventually(lambda: client.ask(b"draining") == b"True\n")
+        assert other.ask(b"say x") == b"x\n"
+    assert daemon.wait() == 0
+    assert " cause=drained status=0 " in exit_of(daemon, client.pid)
 
 
 # Everything at once.

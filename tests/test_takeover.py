@@ -15,6 +15,8 @@ import pytest
 from preforkd.takeover import Lock
 from tests.conftest import Serve
 from tests.daemon import Daemon, eventually
+from tests.test_hardship import limit_threads
+from tests.test_stop import Client
 
 TCP = ("--listen", "tcp://127.0.0.1:0")
 
@@ -193,6 +195,17 @@ def test_an_orphan_reads_end_of_file_before_it_is_ended_within_graceful_timeout(
     assert "Timeout" not in daemon.log.text
     answers.close()
     client.close()
+
+
+def test_an_orphan_that_gets_no_thread_to_limit_itself_finishes_what_it_holds(serve: Serve) -> None:
+    daemon = serve(":Obey", *TCP)
+    with Client(daemon) as client:
+        limit_threads(client.pid)
+        daemon.signal(signal.SIGKILL)
+        assert daemon.wait() == -signal.SIGKILL
+        eventually(lambda: client.ask(b"draining") == b"True\n")
+        assert client.ask(b"say x") == b"x\n"
+    eventually(lambda: not daemon.alive(), "it has left")
 
 
 @pytest.mark.parametrize("timeout", ["0", "0.3"])

@@ -197,9 +197,10 @@ class Worker:
         """Nobody is left who would: be gone within ``graceful_timeout``; before that, the handlers read end-of-file."""
         self.is_orphan = True
         last = max(self.graceful_timeout, 0.001)  # faulthandler wants some
-        faulthandler.dump_traceback_later(last, exit=True)
-        # Not threading's: this is a signal handler, and may have interrupted somebody who holds that module's locks.
-        _thread.start_new_thread(self._end_of_file_after, (max(last - self.eof_timeout, last / 2),))
+        with suppress(RuntimeError):  # the system refuses a thread: without a limit, then
+            faulthandler.dump_traceback_later(last, exit=True)
+            # Not threading's: this is a signal handler, and may have interrupted one who holds that module's locks.
+            _thread.start_new_thread(self._end_of_file_after, (max(last - self.eof_timeout, last / 2),))
 
     def _end_of_file_after(self, seconds: float) -> None:
         select.select([], [], [], seconds)

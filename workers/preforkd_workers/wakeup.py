@@ -41,7 +41,8 @@ class WakeUp:
         if not self._is_watched and len(sys._current_frames()) > 1:
             self._is_watched = True
             signal.signal(_NUDGE, self._hear)
-            _thread.start_new_thread(self._nudge, (_thread.get_ident(),))
+            with suppress(RuntimeError):  # the system refuses: without it, then
+                _thread.start_new_thread(self._nudge, (_thread.get_ident(),))
 
     def _hear(self, *_: object) -> None:
         self._is_heard = True
