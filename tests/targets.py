@@ -128,21 +128,25 @@ class Thief(BaseRequestHandler):
 
 
 class LateThief(BaseRequestHandler):
-    """Takes a signal to read end-of-file, once the main thread waits for this one, and then waits to read that."""
+    """Reads, or is waited for while it does, and has another thread take the signal to read end-of-file."""
 
     def handle(self) -> None:
+        threading.Thread(target=self.take_it, daemon=True).start()
         self.request.sendall(b"waiting\n")
-        if threading.current_thread() is not threading.main_thread():
-            pause = threading.Event()
-            while not self.is_waited_for():
-                pause.wait(0.01)
-            signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
-            self.request.sendall(b"%d bytes\n" % len(self.request.recv(1)))
+        self.request.sendall(b"%d bytes\n" % len(self.request.recv(1)))
 
-    def is_waited_for(self) -> bool:
-        """Whether the main thread is in the module of ``join``, and asleep."""
-        frame = sys._current_frames()[threading.main_thread().ident or 0]
-        return bool(frame.f_code.co_filename == threading.__file__ and self.server.draining)  # type: ignore[attr-defined]
+    def take_it(self) -> None:
+        pause = threading.Event()
+        while not self.is_time():
+            pause.wait(0.01)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
+
+    def is_time(self) -> bool:
+        """Whether the main thread has been told to drain, and now sleeps: for the client, or for a thread."""
+        code = sys._current_frames()[threading.main_thread().ident or 0].f_code
+        waits = Path(f"/proc/self/task/{os.getpid()}/syscall").read_text() != "running\n"
+        draining: bool = self.server.draining  # type: ignore[attr-defined]
+        return draining and waits and code.co_filename in (__file__, threading.__file__)
 
 
 class Deaf(BaseRequestHandler):

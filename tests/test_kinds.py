@@ -291,10 +291,12 @@ def test_a_signal_that_another_thread_takes_is_answered_at_once(serve: Serve, ki
 
 @pytest.mark.parametrize(
     "words",
-    [(":LateThief", "--kind", "thread"), (":ThreadingObeyServer", "--handler", ":LateThief")],
-    ids=["lanes", "threads of its own"],
+    [(":LateThief",), (":LateThief", "--kind", "thread"), (":ThreadingObeyServer", "--handler", ":LateThief")],
+    ids=["a handler", "lanes", "threads of its own"],
 )
-def test_a_signal_that_a_thread_takes_which_is_waited_for_is_answered_at_once(serve: Serve, words: list[str]) -> None:
+def test_a_signal_that_a_thread_takes_while_the_main_thread_waits_is_answered_at_once(
+    serve: Serve, words: list[str]
+) -> None:
     daemon = serve(*words, *TCP, *timeouts(2 * DEADLINE, 0))  # nobody but the thief says END_OF_FILE
     with Conversation(daemon.connect()) as client:
         assert client.answers.readline() == b"waiting\n"

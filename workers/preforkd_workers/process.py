@@ -184,9 +184,15 @@ class Worker:
             server.draining = True
         self.lifeline.let_go()
         if threading.current_thread() is threading.main_thread():
+            self._have_threads_wake_us()
             self._tell_drain()
         elif self.on_drain and self.kind == "process":  # the main thread of the others has just heard the lifeline
             os.kill(os.getpid(), DRAIN)
+
+    def _have_threads_wake_us(self) -> None:
+        """Whatever the main thread waits for from now on, what it is told is not to wait."""
+        if self.kind != "gevent":  # which waits for greenlets
+            self.wakeup.watch()
 
     def _tell_drain(self) -> None:
         with suppress(IndexError):  # in one step: a signal handler may come by here at the same time
@@ -252,8 +258,7 @@ class Worker:
         """After the last request: close the servers, and wait for what threads still do."""
         if self.servers[0].draining:  # another thread has said so, and its signal is still to come
             self._tell_drain()
-        if self.kind != "gevent":  # which waits for greenlets
-            self.wakeup.watch()
+        self._have_threads_wake_us()
         self.finish_requests()
         if ON_WORKER_STOP in self.hooks:
             self.wait()

@@ -47,7 +47,6 @@ class Threads:
                 self.worker.lanes[0].drain()
             for act in actions:
                 act()
-        self.worker.wakeup.watch()
         self.worker.close_the_doors()  # a lane may have been quicker to hear, but a hook is for this thread
         self._join()
 

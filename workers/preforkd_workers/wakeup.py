@@ -37,7 +37,7 @@ class WakeUp:
         return b""
 
     def watch(self) -> None:
-        """From now on the main thread, which calls, waits for other threads, if there are any: have one wake it."""
+        """Where there are other threads, have one more wake the main thread, which calls, whatever that waits for."""
         if not self._is_watched and len(sys._current_frames()) > 1:
             self._is_watched = True
             signal.signal(_NUDGE, self._hear)
