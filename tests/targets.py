@@ -1,4 +1,4 @@
-"""Handlers and servers for the daemon under test. They know nothing of preforkd."""
+"""Handlers and servers for the daemon under test. They know nothing of preforkd, but for one that interrupts it."""
 
 import ctypes
 import os
@@ -21,6 +21,8 @@ from socketserver import (
     UnixStreamServer,
 )
 from typing import Any
+
+from preforkd_workers.lifeline import Lifeline
 
 
 class Upper(StreamRequestHandler):
@@ -147,6 +149,24 @@ class LateThief(BaseRequestHandler):
         waits = Path(f"/proc/self/task/{os.getpid()}/syscall").read_text() != "running\n"
         draining: bool = self.server.draining  # type: ignore[attr-defined]
         return draining and waits and code.co_filename in (__file__, threading.__file__)
+
+
+class Besieged(BaseRequestHandler):
+    """Is asked for its stack, and again whenever that is about to be told. Says how often."""
+
+    def handle(self) -> None:
+        tell, questions = Lifeline.text, 0
+
+        def tell_later(lifeline: Lifeline, lines: str) -> None:
+            nonlocal questions
+            if questions < sys.getrecursionlimit():
+                questions += 1
+                signal.raise_signal(signal.SIGUSR1)
+            tell(lifeline, lines)
+
+        Lifeline.text = tell_later  # type: ignore[assignment, method-assign]
+        signal.raise_signal(signal.SIGUSR1)
+        self.request.sendall(b"asked once more\n" if questions == 1 else b"asked %d times more\n" % questions)
 
 
 class Deaf(BaseRequestHandler):

@@ -253,6 +253,12 @@ def test_to_ask_for_stacks_harms_nobody_however_busy(serve: Serve, words: list[s
     assert daemon.workers() == workers
 
 
+def test_to_ask_for_stacks_while_they_are_told_harms_nobody(serve: Serve) -> None:
+    """Those of greenlets are told by Python, which the next signal interrupts."""
+    daemon = serve(":Besieged", *TCP, "--kind", "gevent")
+    assert daemon.ask(b"") == b"asked once more\n"
+
+
 def test_hooks_come_once_for_each_worker(serve: Serve, kind: Kind, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     hooked = Path(__file__).parent / "hooked.py"

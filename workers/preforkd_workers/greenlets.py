@@ -54,6 +54,7 @@ class Greenlets:
         self.holders: dict[int, Any] = {}  # by its number of the tally, the greenlet that holds the request
         self.is_free = Event()  # set whenever a lane has become free, or may have to leave
         have_descriptors(len(worker.tallies) + SPARE_DESCRIPTORS)
+        self._is_telling = False
         signal.signal(STACKS, lambda _, running: self.tell_stacks(running))
 
     def run(self, poll_interval: float | None) -> None:
@@ -199,7 +200,19 @@ class Greenlets:
         self.holders[id(tally)] = gevent.spawn_raw(hold)
 
     def tell_stacks(self, running: FrameType | None) -> None:
-        """Write the stacks of those that have held a request for longest. In a signal handler: ``running`` is there."""
+        """Write the stacks of those that have held a request for longest. In a signal handler: ``running`` is there.
+
+        Who asks again meanwhile, and so interrupts us, is told by what is being told.
+        """
+        if self._is_telling:
+            return
+        self._is_telling = True
+        try:
+            self._tell_stacks(running)
+        finally:
+            self._is_telling = False
+
+    def _tell_stacks(self, running: FrameType | None) -> None:
         held = sorted((tally for tally in self.worker.tallies if tally.row[SINCE]), key=lambda each: each.row[SINCE])
         for tally in held[:MOST_STACKS]:
             seconds = (monotonic_ns() - tally.row[SINCE]) / 1e9

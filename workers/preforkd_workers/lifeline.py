@@ -62,7 +62,8 @@ class Lifeline:
     def text(self, lines: str) -> None:
         """Have the master log text of many lines, or write it ourselves when there is no master any more."""
         if not self._say(f"{lines}\n"):
-            with suppress(OSError, ValueError, AttributeError):  # nobody reads the log
+            # Nobody reads the log; or we are in a signal handler that has interrupted whoever writes to it.
+            with suppress(OSError, ValueError, AttributeError, RuntimeError):
                 print(lines, file=sys.stderr, flush=True)  # noqa: T201 - the worker's part of the daemon's log
 
     def leaving(self) -> None:
