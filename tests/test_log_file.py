@@ -1,5 +1,6 @@
 """The log in a file: what is in it, and that it is followed when it is moved away, by everybody and without a loss."""
 
+import glob
 import os
 import re
 import resource
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,11 @@ def holders(daemon: Daemon, path: Path) -> list[tuple[int, str]]:
     """Who of the daemon has this file open, by inode, and under which number."""
     wanted, found = path.stat(), []
     for pid in [daemon.pid, *daemon.family()]:
-        for number in os.listdir(f"/proc/{pid}/fd"):
-            each = os.stat(f"/proc/{pid}/fd/{number}")
-            if (each.st_dev, each.st_ino) == (wanted.st_dev, wanted.st_ino):
-                found.append((pid, number))
+        for link in glob.glob(f"/proc/{pid}/fd/*"):
+            with suppress(FileNotFoundError):  # it has left meanwhile, or closed it
+                each = os.stat(link)
+                if (each.st_dev, each.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    found.append((pid, os.path.basename(link)))
     return found
 
 
