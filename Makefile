@@ -2,6 +2,7 @@
 # make test    all tests on the first CPython from 3.11 to 3.13 that is found; on the others those that an interpreter matters to
 # make test-all  all of them on all of these, but for systemd, supervisord, Prometheus and load: on the first only
 # make soak    those under load for minutes: a hundred reloads in a row, broken code, killed processes
+#              (for races: .venv/3.11/bin/python -m tests.thief .venv/3.11/bin/python -m pytest ...; tests/thief.py says what it does)
 # make check   ruff, mypy and the import rule
 # make bench   the table of ratios against other servers; BENCH='--save' keeps it, with plots, in tests/bench/results
 .PHONY: serve test test-all soak check bench clean debian-packages
